@@ -1,0 +1,171 @@
+"""The embedding cache: what frozen encoders make of a row, kept on disk and never used for another row or encoder.
+
+A folder of safetensors shards. A shard's header lists its entries, so there is no index beside it that could disagree,
+and a shard appears under its name only when it is complete: a killed pass loses at most the shard in memory. Every
+process writes shards of its own, named shard-<fingerprint>-<rank>-<random>.safetensors.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common.data import Record
+
+
+def _read_header(path: Path) -> dict:
+    """The JSON header of a safetensors file; ValueError when the file is cut short."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= path.stat().st_size - 8:
+            raise ValueError("its header is cut short")
+        header = json.loads(file.read(size))
+    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    if path.stat().st_size != 8 + size + end:
+        raise ValueError(f"it has {path.stat().st_size} bytes, its header says {8 + size + end}")
+    return header
+
+
+def _write_atomically(path: Path, write) -> None:
+    """write(temporary path), flush it to the disk, give it its name."""
+    half = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    write(half)
+    with open(half, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
+class EmbeddingCache:
+    """Tensors by key, on disk. Each rank adds its share, flushes, and after a barrier every rank calls reload.
+
+    folder: made when it is not there. fingerprint: everything but the row that the tensors depend on (model,
+    resolution, template, ...), JSON values; kept readable in fingerprint.json. Only rank 0 prints.
+    """
+
+    def __init__(
+        self, folder: str | Path, fingerprint: dict, rank: int = 0, shard_entries: int = 256, shard_bytes: int = 2**29
+    ) -> None:
+        self.folder, self.rank = Path(folder), rank
+        self.shard_entries, self.shard_bytes = shard_entries, shard_bytes
+        self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples are lists
+        canonical = json.dumps(self.fingerprint, sort_keys=True).encode()
+        self.fingerprint_id = hashlib.sha256(canonical).hexdigest()[:16]
+        self._digests: dict[
+            str, str
+        ] = {}  # key -> digest of the row's images, of keys asked for and of entries on disk
+        self._buffer: dict[str, dict[str, torch.Tensor]] = {}
+        self._entries: dict[str, tuple[str, list[str], int]] = {}  # key -> its shard, names of its tensors, bytes
+        self._handles: dict[str, safe_open] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.reload()
+        if rank == 0:
+            self._note_fingerprint()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_handles": {}}  # a worker that is started, not forked, opens the shards itself
+
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            print(f"embedding cache {self.folder}: {message}")
+
+    def _note_fingerprint(self) -> None:
+        path = self.folder / "fingerprint.json"
+        old = json.loads(path.read_text()) if path.is_file() else self.fingerprint
+        names = sorted(name for name in {*old, *self.fingerprint} if old.get(name) != self.fingerprint.get(name))
+        if names:
+            changes = [f"{name} was {old.get(name)!r}, is {self.fingerprint.get(name)!r}" for name in names]
+            self._say(f"made with other settings, so its entries are not used: {'; '.join(changes)}")
+        _write_atomically(path, lambda half: half.write_text(json.dumps(self.fingerprint, indent=2) + "\n"))
+
+    def key(self, row: Record | str, bucket: tuple[int, int] | None = None, **more: object) -> str:
+        """Key of a checked record, or of a text alone, at a bucket (width, height); `more`: what else was encoded."""
+        if isinstance(row, Record):
+            assert row.digest, "a record has its digest only after check_records"
+        kind, text, digest = ("row", row.text, row.digest) if isinstance(row, Record) else ("text", row, "")
+        parts = [self.fingerprint_id, kind, text, digest, bucket, more]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        self._digests[key] = digest
+        return key
+
+    def reload(self) -> None:
+        """Look again at what is on the disk, for instance after the other ranks have flushed."""
+        self._entries = {}
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            try:
+                header = _read_header(path)
+                self._digests |= json.loads(header.pop("__metadata__", {}).get("digests", "{}"))
+            except (OSError, ValueError) as error:
+                self._say(f"{path.name} cannot be read ({error}); its entries are encoded again")
+                continue
+            for name, tensor in header.items():
+                key, _, field = name.partition("/")
+                shard, fields, size = self._entries.get(key, (path.name, [], 0))
+                if shard == path.name:  # else two processes encoded the same row
+                    start, end = tensor["data_offsets"]
+                    self._entries[key] = (shard, [*fields, field], size + end - start)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries or key in self._buffer
+
+    def __len__(self) -> int:
+        return len(self._entries.keys() | self._buffer.keys())
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys that must be encoded, each once, in order; says how many are, and what on disk is of no use."""
+        wanted = dict.fromkeys(keys)
+        result = [key for key in wanted if key not in self]
+        self._say(f"{len(wanted) - len(result)} entries reused, {len(result)} to encode")
+        self._mention_unused([entry for key, entry in self._entries.items() if key not in wanted])
+        return result
+
+    def _mention_unused(self, unused: list[tuple[str, list[str], int]]) -> None:
+        half_written = list(self.folder.glob("*.tmp"))
+        if unused or half_written:
+            size = sum(entry[2] for entry in unused) + sum(path.stat().st_size for path in half_written)
+            others = {shard.split("-")[1] for shard, _, _ in unused} - {self.fingerprint_id}
+            rm = [f"{self.folder}/shard-{name}-*" for name in sorted(others)]
+            rm += [f"{self.folder}/*.tmp"] if half_written else []
+            advice = f"`rm {' '.join(rm)}` deletes those of other settings and of killed runs, " if rm else ""
+            what = f"{len(unused)} entries and {len(half_written)} half-written files ({size / 2**20:.1f} MiB)"
+            self._say(f"this run does not use {what}; {advice}`rm -r {self.folder}` deletes all, to be encoded again")
+
+    def add(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep the tensors of one entry, names without '/'. A full shard is written at once, the last one by flush."""
+        assert tensors and not any("/" in name for name in tensors), list(tensors)
+        self._buffer[key] = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        size = sum(tensor.nbytes for entry in self._buffer.values() for tensor in entry.values())
+        if len(self._buffer) >= self.shard_entries or size >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard."""
+        if not self._buffer:
+            return
+        name = f"shard-{self.fingerprint_id}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors"
+        tensors = {f"{key}/{field}": value for key, entry in self._buffer.items() for field, value in entry.items()}
+        digests = json.dumps({key: digest for key in self._buffer if (digest := self._digests.get(key))})
+        _write_atomically(self.folder / name, lambda half: save_file(tensors, half, metadata={"digests": digests}))
+        for key, entry in self._buffer.items():
+            self._entries[key] = (name, list(entry), sum(value.nbytes for value in entry.values()))
+        self._buffer = {}
+
+    def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of one entry, mapped from the disk, on the CPU. KeyError when it is not there."""
+        if key in self._buffer:
+            return dict(self._buffer[key])
+        shard, fields, _ = self._entries[key]
+        if shard not in self._handles:
+            if len(self._handles) >= 256:  # the oldest goes; tensors that were read keep their memory mapped
+                self._handles.pop(next(iter(self._handles)))
+            self._handles[shard] = safe_open(self.folder / shard, framework="pt")
+        return {field: self._handles[shard].get_tensor(f"{key}/{field}") for field in fields}
+
+    def known_good(self) -> set[str]:
+        """Digests of rows whose images were decoded for an entry on disk: check_records need not decode them again."""
+        return {digest for key in self._entries if (digest := self._digests.get(key))}

@@ -1,0 +1,267 @@
+"""Checkpoints that are complete or absent, exact resume, and export to diffusers' layout. Every function is called on every process."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.runtime import Run
+from common.sharding import Ema, full_tensor
+
+STATE_FILE = "trainer_state.json"
+
+
+def save_checkpoint(
+    run: Run,
+    output_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    state: dict,
+    limit: int,
+    files: dict[str, str],
+) -> Path:
+    """Write checkpoint-<step>: weights, optimizer, average, `state` (JSON) and small text `files`, then delete the oldest beyond `limit` (0 keeps all).
+
+    Everything is written to checkpoint-<step>.partial and renamed at the end: a kill at any moment leaves the folder complete or absent.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(final.name + ".partial")
+    if run.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    run.barrier()
+    if run.strategy.startswith("zero"):
+        model.save_checkpoint(str(partial), tag="deepspeed")
+    elif run.strategy == "fsdp2":
+        _save_fsdp2(run, partial, model, optimizer)
+    elif run.is_main:
+        save_file(
+            {k: v.contiguous() for k, v in _unwrap(run, model).state_dict().items()}, partial / "model.safetensors"
+        )
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    if ema is not None and (run.sharded or run.is_main):
+        torch.save(ema.shadow, partial / f"ema_rank{run.rank}.pt")
+    if run.is_main:
+        state = {"step": step, "strategy": run.strategy, "world_size": run.world_size, **state}
+        for name, text in {**files, STATE_FILE: json.dumps(state, indent=1)}.items():
+            (partial / name).write_text(text)
+    run.barrier()
+    if run.is_main:
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        for old in list_checkpoints(output_dir)[: -limit or None] if limit else []:
+            shutil.rmtree(old)
+    run.barrier()
+    return final
+
+
+def load_checkpoint(
+    run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> dict:
+    """Put weights, optimizer and average back as saved and return the state. ValueError where the strategy cannot read this checkpoint."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    families = {"single": "replicated", "ddp": "replicated", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+    if families[state["strategy"]] != families[run.strategy]:
+        raise ValueError(
+            f"{folder} was saved by {state['strategy']} and this run is {run.strategy}: resume with LAUNCH={state['strategy']}, or start a new run from its "
+            "weights (the export/ folder, or `python -m common.zero_to_bf16` for DeepSpeed) as pretrained_model_name_or_path"
+        )
+    per_rank_state = run.strategy.startswith("zero") or (
+        run.strategy == "fsdp2" and not (folder / "optimizer").is_dir()
+    )
+    if state["world_size"] != run.world_size and (per_rank_state or (ema is not None and run.sharded)):
+        raise ValueError(
+            f"{folder} holds the {run.strategy} optimizer state of {state['world_size']} processes, one part each, and this run has {run.world_size}: resume with NPROC="
+            f"{state['world_size']}, or start a new run from the exported weights"
+        )
+    if run.strategy.startswith("zero"):
+        model.load_checkpoint(str(folder), tag="deepspeed")
+    elif run.strategy == "fsdp2":
+        _load_fsdp2(run, folder, model, optimizer)
+    else:
+        _unwrap(run, model).load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False))
+    if ema is not None:
+        file = folder / f"ema_rank{run.rank if run.sharded else 0}.pt"
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} has no averaged weights; resume with --ema_decay 0 as it was saved, or start anew"
+            )
+        ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow)]
+    return state
+
+
+def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """torch's distributed checkpoint, which another number of processes can read; quantised optimizer state goes to one file a rank."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "model")
+    if _is_quantised(optimizer):
+        torch.save(_local_state(optimizer), folder / f"optimizer_rank{run.rank}.pt")
+    else:
+        dcp.save(get_optimizer_state_dict(model, _bare(optimizer)), checkpoint_id=folder / "optimizer")
+
+
+def _load_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    weights = get_model_state_dict(model)
+    dcp.load(weights, checkpoint_id=folder / "model")
+    set_model_state_dict(model, weights)
+    if (folder / "optimizer").is_dir():
+        moments = get_optimizer_state_dict(model, _bare(optimizer))
+        dcp.load(moments, checkpoint_id=folder / "optimizer")
+        set_optimizer_state_dict(model, _bare(optimizer), moments)
+    else:
+        _bare(optimizer).load_state_dict(
+            torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu", weights_only=False)
+        )
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _is_quantised(optimizer: torch.optim.Optimizer) -> bool:
+    return type(_bare(optimizer)).__module__.startswith("flashoptim")
+
+
+def _local_state(optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state dict with this rank's local tensors in place of DTensors."""
+    state_dict = _bare(optimizer).state_dict()
+    for values in state_dict["state"].values():
+        values.update({k: v.to_local() for k, v in values.items() if hasattr(v, "to_local")})
+    return state_dict
+
+
+def _unwrap(run: Run, model: nn.Module) -> nn.Module:
+    return run.accelerator.unwrap_model(model)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    found = [
+        p
+        for p in Path(output_dir).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE_FILE).is_file()
+    ]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one (None if there is none), else a path."""
+    if not resume:
+        return None
+    if resume == "latest":
+        found = list_checkpoints(output_dir)
+        return found[-1] if found else None
+    for folder in (Path(resume), Path(output_dir) / resume):
+        if (folder / STATE_FILE).is_file():
+            return folder
+    names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+    raise ValueError(
+        f"resume_from_checkpoint {resume!r} is no complete checkpoint; in {output_dir} there are: {names}. Or say latest"
+    )
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer, whole, one at a time (a collective call for sharded models)."""
+    for name, parameter in model.named_parameters():
+        yield name, full_tensor(parameter)
+    persistent = set(model.state_dict().keys()) if next(model.buffers(), None) is not None else set()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def export_weights(
+    run: Run, model: nn.Module, folder: str | Path, files: dict[str, str], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write the weights as bf16 safetensors in diffusers' layout, shard by shard, so that memory holds one shard; `files` are added
+    ({"config.json": ...})."""
+    module = _unwrap(run, model) if run.strategy != "fsdp2" else model
+    sizes = {name: 2 * torch.Size(full_shape(p)).numel() for name, p in module.named_parameters()}
+    sizes |= {name: 2 * b.numel() for name, b in module.named_buffers()}
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    if run.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    weights = (
+        (name, tensor.to("cpu", torch.bfloat16) if run.is_main else None) for name, tensor in full_weights(module)
+    )
+    write_shards(weights, sizes, partial, max_shard_bytes, write=run.is_main)
+    run.barrier()
+    if run.is_main:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    run.barrier()
+
+
+def write_shards(
+    weights: Iterator[tuple[str, Tensor | None]],
+    sizes: dict[str, int],
+    folder: Path,
+    max_shard_bytes: int,
+    write: bool = True,
+) -> None:
+    """Split tensors into files of at most max_shard_bytes (a larger tensor gets its own), with diffusers' names and index.
+
+    sizes: {name: bytes} in the iterator's order, known beforehand because the file names hold the number of files.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        single = len(groups) == 1
+        file = (
+            "diffusion_pytorch_model.safetensors"
+            if single
+            else f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        tensors = dict(next(weights) for _ in names)
+        assert list(tensors) == names, "weights and sizes must come in the same order"
+        if write:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                folder / file,
+                metadata={"format": "pt"},
+            )
+        weight_map.update({name: file for name in names})
+    if write and len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1, sort_keys=True)
+        )

@@ -1,0 +1,251 @@
+"""What a run writes and shows: metrics.jsonl, the tracker, the progress bar, curves.png, picture grids, environment.json."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from common import runtime
+from common.runtime import Run
+
+
+class Meter:
+    """Counts one step at a time. Every process makes the same calls; the main one writes."""
+
+    def __init__(self, run: Run, cfg, first_step: int):
+        self.run, self.cfg = run, cfg
+        self.folder = Path(cfg.output_dir)
+        self.curve_drawn = 0.0
+        self.peak_flops = matmul_ceiling(run.device)
+        self.bar: tqdm | None = None  # begins with the first step, so that a validation before it does not count
+        self.start_step()
+        if run.is_main:
+            for name in ("metrics.jsonl", "validation.jsonl"):
+                keep_rows_until(self.folder / name, first_step)
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def start_step(self) -> None:
+        """Start the clock: what happens between steps (saving, validation) is not counted in seconds_per_step."""
+        self.began = time.perf_counter()
+        self.data_wait, self.forward_flops, self.samples, self.micro_batches = 0.0, 0.0, 0, 0
+        self.sums: dict[str, Tensor] = {}
+
+    def watch(self, batches: Iterator) -> Iterator:
+        """Pass batches on and count the seconds spent waiting for them."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.data_wait += time.perf_counter() - began
+            yield batch
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Take one micro-batch's metrics: forward_flops and samples are added up, tensors averaged over micro-batches and processes."""
+        self.forward_flops += metrics.pop("forward_flops")
+        self.samples += metrics.pop("samples")
+        self.micro_batches += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def log(self, step: int, loss: Tensor, learning_rate: float, grad_norm: float) -> None:
+        """Agree on the means and on a stop signal, write a row, and end a run whose loss is not finite (ValueError)."""
+        names = sorted(self.sums)
+        asked = torch.tensor(float(runtime.stop["asked"]), device=loss.device)
+        shared = torch.stack(
+            [loss.double(), *(self.sums[name] / self.micro_batches for name in names), asked.double()]
+        )
+        if self.run.world_size > 1:
+            torch.distributed.all_reduce(shared)
+            shared /= self.run.world_size
+        numbers = shared.tolist()  # waits for the device: the clock below sees the whole step
+        seconds = time.perf_counter() - self.began
+        runtime.stop["agreed"] = numbers[-1] > 0
+        row = {"step": step, "loss": numbers[0], "learning_rate": learning_rate, "grad_norm": grad_norm}
+        row |= dict(zip(names, numbers[1:-1]))
+        row |= {
+            "seconds_per_step": seconds,
+            "samples_per_second": self.samples * self.run.world_size / seconds,
+            "mfu": 3 * self.forward_flops / (seconds * self.peak_flops),
+            "data_wait": self.data_wait,
+            "peak_memory_gib": peak_memory_gib(self.run.device),
+        }
+        last = step == self.cfg.max_train_steps or runtime.stop_requested()
+        if self.run.is_main and (last or step == 1 or step % self.cfg.logging_steps == 0):
+            append_row(self.folder / "metrics.jsonl", row)
+            if self.cfg.report_to != "none":
+                self.run.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
+            if last or time.perf_counter() - self.curve_drawn > 30:
+                draw_curves(self.folder)
+                self.curve_drawn = time.perf_counter()
+        if self.bar is None:
+            self.bar = tqdm(total=self.cfg.max_train_steps, initial=step - 1, disable=not self.run.is_main, dynamic_ncols=True, desc="train")
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}", s=f"{seconds:.2f}", refresh=False)
+        self.bar.update(1)
+        if not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"the loss is {row['loss']} at step {step}: lower --learning_rate (got {self.cfg.learning_rate}), keep --max_grad_norm at 1.0, "
+                "look at the last rows of metrics.jsonl, and resume from the checkpoint before it"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.run.is_main and (self.folder / "metrics.jsonl").is_file():
+            draw_curves(self.folder)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """On resume, drop rows after the checkpoint's step, so that the file reads as one straight run; on a fresh start, all of them."""
+    if path.is_file():
+        rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """Measured matrix-product rate in FLOP/s (bf16 8192 cubed on a GPU, float32 512 cubed on a CPU): the denominator of MFU."""
+    on_cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_cuda else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """GiB in use at most so far: on a GPU what torch allocated, on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: loss (smoothed, and held out), learning rate, gradient norm, samples a second, each against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, held_out = read_rows(folder / "metrics.jsonl"), read_rows(folder / "validation.jsonl")
+    steps = [row["step"] for row in rows]
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
+    for axis, name in zip(axes.flat, ["loss", "learning_rate", "grad_norm", "samples_per_second"]):
+        axis.plot(steps, [row[name] for row in rows], linewidth=0.8, alpha=0.4 if name == "loss" else 1.0)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0, 0].plot(steps, smoothed([row["loss"] for row in rows]), label="loss, smoothed")
+    if held_out:
+        axes[0, 0].plot(
+            [row["step"] for row in held_out],
+            [row["validation_loss"] for row in held_out],
+            "o-",
+            label="held out, fixed noise",
+        )
+    axes[0, 0].legend()
+    figure.savefig(folder / "curves.png.partial", format="png", dpi=90)
+    pyplot.close(figure)
+    os.replace(folder / "curves.png.partial", folder / "curves.png")
+
+
+def smoothed(values: Sequence[float], weight: float = 0.05) -> list[float]:
+    """Exponential average of a series, started at the mean of its first values."""
+    average = statistics.fmean(values[:10]) if values else 0.0
+    result = []
+    for value in values:
+        average += weight * (value - average)
+        result.append(average)
+    return result
+
+
+def save_grid(folder: Path, prompts: Sequence[str], columns: int = 5, side: int = 256) -> None:
+    """grid.png: the folder's 000.png, 001.png, ... with their prompts under them."""
+    rows = -(-len(prompts) // columns)
+    columns = min(columns, len(prompts))
+    grid = Image.new("RGB", (columns * (side + 8), rows * (side + 44)), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, prompt in enumerate(prompts):
+        image = Image.open(folder / f"{index:03d}.png")
+        resampling = Image.Resampling.NEAREST if image.width < side // 2 else Image.Resampling.LANCZOS
+        scale = side / max(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
+        left, top = index % columns * (side + 8) + 4, index // columns * (side + 44) + 4
+        grid.paste(image, (left, top))
+        lines = textwrap.wrap(prompt, 40)
+        draw.multiline_text((left, top + side + 2), "\n".join(lines[:2] + ["..."] * (len(lines) > 2)), fill="black")
+    grid.save(folder / "grid.png")
+
+
+def print_benchmark(run: Run, cfg) -> None:
+    """One JSON line from metrics.jsonl: medians after the first quarter of the steps (compilation, allocation)."""
+    if not run.is_main:
+        return
+    rows = read_rows(Path(cfg.output_dir) / "metrics.jsonl")
+    rows = rows[len(rows) // 4 :]
+    seconds = statistics.median(row["seconds_per_step"] for row in rows)
+    per_gpu = cfg.train_batch_size * cfg.gradient_accumulation_steps
+    result = {
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        "launch": run.launch,
+        "processes": run.world_size,
+        "optimizer": cfg.optimizer,
+        "gradient_release": cfg.gradient_release,
+        "batch": per_gpu,
+        "seconds_per_step": round(seconds, 4),
+        "seconds_per_sample_per_gpu": round(seconds / per_gpu, 4),
+        "mfu": round(statistics.median(row["mfu"] for row in rows), 3),
+        "data_wait": round(statistics.median(row["data_wait"] for row in rows), 4),
+        "peak_memory_gib": round(max(row["peak_memory_gib"] for row in rows), 1),
+    }
+    print(json.dumps(result), flush=True)
+
+
+def write_environment(run: Run, cfg) -> None:
+    """environment.json: versions, commit, hardware, launch file and command, for whoever repeats the run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in "torch diffusers transformers accelerate deepspeed peft bitsandbytes flashoptim safetensors".split():
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=run.recipe_dir, capture_output=True, text=True)
+    facts = {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "processes": run.world_size,
+        "launch": run.launch,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    (Path(cfg.output_dir) / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")

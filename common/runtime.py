@@ -1,0 +1,336 @@
+"""The run around a recipe's loop: processes and strategy, learning rate, seeds, clipping, signals, errors."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from tqdm.auto import tqdm
+
+from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE, GradientRelease, check_optimizer
+from common.sharding import shard_model
+
+Result = TypeVar("Result")
+stop = {"asked": False, "agreed": False}
+
+
+@dataclass
+class Run:
+    """What set_up found: the accelerator, and how this run is spread over processes."""
+
+    accelerator: Accelerator
+    strategy: str
+    """single, ddp, fsdp2, zero2 or zero3"""
+    launch: str
+    """name for messages: the strategy, with _offload or _nvme"""
+    offload: bool
+    recipe_dir: Path
+    fsdp: dict[str, str] = field(default_factory=dict)
+    release: GradientRelease | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in ("fsdp2", "zero3")
+
+    def print(self, *words: object) -> None:
+        """Print on the main process, beside a progress bar."""
+        if self.is_main:
+            tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, items: Sequence, title: str) -> Iterator:
+        """A progress bar on the main process."""
+        return iter(tqdm(items, title, disable=not self.is_main, dynamic_ncols=True))
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+def set_up(cfg, recipe_dir: Path) -> Run:
+    """Start the processes' group and the accelerator, from what `accelerate launch` put into the environment.
+
+    FSDP2 is read from the launch file's variables but done by common/sharding.py (accelerate's plugin is inactive on a CPU). Everything
+    that DeepSpeed takes from its own JSON and would silently prefer is written from the config: accumulation, clipping, micro batch.
+    Raises ValueError where the optimizer cannot run under the strategy or the global batch size cannot be divided.
+    """
+    _handle_signals()
+    on_cuda = torch.cuda.is_available()
+    uses_fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if uses_deepspeed:
+        _resolve_deepspeed_config(recipe_dir)
+    if (
+        "RANK" in os.environ
+        and (world_size > 1 or uses_fsdp or uses_deepspeed)
+        and not torch.distributed.is_initialized()
+    ):
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    if cfg.global_batch_size:
+        per_micro_step = cfg.train_batch_size * world_size
+        if cfg.global_batch_size % per_micro_step:
+            raise ValueError(
+                f"global_batch_size {cfg.global_batch_size} does not divide by train_batch_size {cfg.train_batch_size} x {world_size} processes; "
+                f"use a multiple of {per_micro_step}, another NPROC, or --gradient_accumulation_steps with --global_batch_size 0"
+            )
+        cfg.gradient_accumulation_steps = cfg.global_batch_size // per_micro_step
+    has_fp32_weights = weights_dtype(cfg, uses_deepspeed) == torch.float32
+    # find_unused_parameters: a last block's text branch, for one, gets no gradient. cpu and backend: without them, accelerate sees
+    # "no distribution" on a machine without GPU, and each process silently trains alone.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    if uses_deepspeed and not on_cuda:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=not on_cuda and not uses_deepspeed,
+        mixed_precision="bf16" if cfg.mixed_precision == "bf16" and (uses_deepspeed or has_fp32_weights) else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+kwargs_handlers=handlers,
+        log_with=_trackers(cfg.report_to),
+        project_dir=cfg.output_dir,
+    )
+    assert accelerator.num_processes == world_size, (
+        f"launched as {world_size} processes, the accelerator sees {accelerator.num_processes}"
+    )
+    strategy, offload = "ddp" if world_size > 1 else "single", False
+    launch = strategy
+    if uses_fsdp:
+        strategy, offload = "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true"
+        launch = "fsdp2_offload" if offload else "fsdp2"
+    elif uses_deepspeed:
+        ds = accelerator.state.deepspeed_plugin.deepspeed_config
+        strategy = f"zero{ds['zero_optimization']['stage']}"
+        offload_device = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+        offload = offload_device != "none"
+        launch = strategy + {"none": "", "cpu": "_offload", "nvme": "_nvme"}[offload_device]
+        _fill_deepspeed_config(ds, cfg, world_size)
+    check_optimizer(cfg, strategy, offload, world_size)
+    fsdp = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")} if uses_fsdp else {}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return Run(accelerator, strategy, launch, offload, recipe_dir, fsdp)
+
+
+def _resolve_deepspeed_config(recipe_dir: Path) -> None:
+    """Launch files name deepspeed/zero3.json relative to their recipe, whatever the working directory is."""
+    path = Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    if not path.is_absolute() and (recipe_dir / path).is_file():
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(recipe_dir / path)
+
+
+def _fill_deepspeed_config(ds: dict, cfg, world_size: int) -> None:
+    ds["train_micro_batch_size_per_gpu"] = cfg.train_batch_size
+    ds["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
+    ds["train_batch_size"] = cfg.train_batch_size * cfg.gradient_accumulation_steps * world_size
+    ds["gradient_clipping"] = cfg.max_grad_norm
+    ds["bf16"] = {**ds.get("bf16", {}), "enabled": cfg.mixed_precision == "bf16"}
+    for section in ("offload_param", "offload_optimizer"):
+        if ds["zero_optimization"].get(section, {}).get("device") == "nvme":
+            ds["zero_optimization"][section]["nvme_path"] = cfg.nvme_path or str(Path(cfg.output_dir) / "nvme")
+            Path(ds["zero_optimization"][section]["nvme_path"]).mkdir(parents=True, exist_ok=True)
+
+
+def weights_dtype(cfg, uses_deepspeed: bool) -> torch.dtype:
+    """bf16 where precision is kept elsewhere (DeepSpeed's masters, flash_adamw's extra bits, stochastic rounding), fp32 masters otherwise.
+
+    flash_adamw on a CPU has no extra bits, so its weights are fp32 there.
+    """
+    if cfg.mixed_precision != "bf16":
+        return torch.float32
+    keeps_precision = cfg.optimizer == "adafactor" or (cfg.optimizer == "flash_adamw" and torch.cuda.is_available())
+    return torch.bfloat16 if uses_deepspeed or keeps_precision else torch.float32
+
+
+def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
+    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's bytes a parameter.
+
+    parameters: how many the model has; activations_gib: what the recipe measured for one sample with checkpointing.
+    """
+    if run.device.type != "cuda":
+        return
+    per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
+    if run.offload:
+        per_parameter = 2 if run.strategy == "zero2" else 0
+    shards = run.world_size if run.sharded else 1
+    need = per_parameter * parameters / shards / 2**30 + activations_gib
+    have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+    if need > have:
+        raise ValueError(
+            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU for {parameters / 1e9:.2f}B parameters, "
+            f"this one has {have:.0f}. {MEMORY_LADDER}"
+        )
+
+
+MEMORY_LADDER = (
+    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; --optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
+    "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
+    "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); LAUNCH=zero3_nvme"
+)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try next."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} {MEMORY_LADDER}")
+    except ValueError as error:
+        repository = str(Path(__file__).resolve().parents[1])
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not raised_in.startswith(repository) or "site-packages" in raised_in:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def on_main(run: Run, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function on the main process and give every process its result; its ValueError is raised on all of them."""
+    outcome: list[Any] = [None, None]
+    if run.is_main:
+        try:
+            outcome[0] = function(*arguments)
+        except ValueError as error:
+            outcome[1] = error
+    if run.world_size > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(str(outcome[1]))
+    return outcome[0]
+
+
+def shard(run: Run, model: torch.nn.Module, dtype: torch.dtype, cfg) -> torch.nn.Module:
+    """Apply fully_shard when the strategy is fsdp2 (before weights are loaded); any other model is returned as it is."""
+    if run.strategy != "fsdp2":
+        return model
+    compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" and dtype == torch.float32 else None
+    reshard = run.fsdp.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
+    block_class = run.fsdp.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return shard_model(model, block_class, run.device, compute_dtype, run.offload, reshard)
+
+
+def prepare(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cfg
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to its hooks."""
+    if cfg.gradient_release:
+        run.release = GradientRelease(model, optimizer)
+    if run.strategy == "fsdp2":
+        return model, run.accelerator.prepare(optimizer)
+    return run.accelerator.prepare(model, optimizer)
+
+
+def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
+    """After the first step: replicas must hold equal weights, shards must be shards. Catches processes that silently train alone."""
+    if run.world_size == 1:
+        return
+    if run.strategy == "fsdp2":
+        assert all(hasattr(p, "device_mesh") for p in model.parameters()), (
+            "fsdp2 was asked for, but parameters are not sharded"
+        )
+        return
+    if run.strategy == "zero3":
+        assert all(hasattr(p, "ds_tensor") for p in model.parameters()), (
+            "ZeRO-3 was asked for, but parameters are not partitioned"
+        )
+        return
+    checksum = sum(p.detach().double().sum() for p in model.parameters()).reshape(1)
+    sums = [torch.empty_like(checksum) for _ in range(run.world_size)]
+    torch.distributed.all_gather(sums, checksum)
+    assert all(torch.equal(s, sums[0]) for s in sums), f"after one step the processes hold different weights: checksums {sums}"
+
+
+def seed_step(seed: int, micro_step: int, rank: int) -> None:
+    """Seed torch's generators for one micro-batch (dropout, stochastic rounding): a resumed run draws the same numbers as a straight one."""
+    set_seed((seed * 1_000_003 + micro_step * 4_099 + rank) % 2**32)
+
+
+def lr_factor(step: int, cfg) -> float:
+    """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero. No state to save."""
+    if step < cfg.lr_warmup_steps:
+        return (step + 1) / (cfg.lr_warmup_steps + 1)
+    progress = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
+    if cfg.lr_scheduler == "linear":
+        return max(0.0, 1 - progress)
+    if cfg.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(run: Run, model: torch.nn.Module, max_norm: float) -> float:
+    """Clip to a global norm (0: measure only) and return the norm before clipping, over all shards. DeepSpeed has clipped by itself."""
+    if run.strategy.startswith("zero"):
+        norm = model.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+    if run.release is not None:
+        return run.release.grad_norm(sharded=run.strategy == "fsdp2")
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(
+        parameters, max_norm if max_norm > 0 else math.inf, foreach=None if run.offload else True
+    )
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _handle_signals() -> None:
+    def ask_to_stop(signum: int, frame: object) -> None:
+        if stop["asked"] and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["asked"] = True
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, ask_to_stop)
+
+
+def stop_requested() -> bool:
+    """True once any process got SIGTERM, SIGUSR1 or Ctrl-C and all have agreed (in Meter.log): the step is finished, then saved."""
+    return stop["agreed"]
+
+
+def _trackers(report_to: str) -> str | None:
+    """The tracker's name for accelerate; wandb goes offline when nobody is logged in, and is left out where it is not installed."""
+    if report_to == "none":
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec(report_to) is None:
+        print(f"{report_to} is not installed: metrics go to metrics.jsonl and curves.png only")
+        return None
+    if report_to == "wandb":
+        netrc = Path.home() / ".netrc"
+        logged_in = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
+        os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
+    return report_to
