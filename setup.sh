@@ -4,9 +4,9 @@
 #   python=$(bash setup.sh)         what every recipe's run.sh does; less than a second when nothing is to do
 #   python=$(bash setup.sh test)    with the packages of pyproject.toml's extra "test"
 #
-# The first of these that has everything is taken as it is: the active environment (virtualenv or conda), python3, .venv here.
-# If none has: packages missing from the active environment are added to it and nothing in it is changed; if it holds too old
-# a version or is no virtual one, it is left alone, and .venv is made with the versions of constraints.txt.
+# The first of these that has everything is taken as it is: the active environment (virtualenv, conda), python3, .venv.
+# If none has: what is missing is added to the active environment and nothing in it is changed; if it holds too old
+# a version or is no virtual one, it is left alone and .venv is made with the versions of constraints.txt.
 # Messages go to stderr, the path alone to stdout. Nothing but packages is downloaded.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -52,7 +52,8 @@ for need in wanted:
     (kept if need.specifier.contains(have, prereleases=True) else old).append((need, have))
 lacking = [need for need in missing if need.name not in optional]
 if mode == "says":
-    faults = [f"{need.name} is missing" for need in lacking] + [f"{n.name} {have} is not {n.specifier}" for n, have in old]
+    faults = [f"{need.name} is missing" for need in lacking]
+    faults += [f"{need.name} {have} is not {need.specifier}" for need, have in old]
     print(f"setup: {sys.executable}: {', '.join(faults) or 'fit'}", file=sys.stderr)
 elif mode == "path":
     if not (old or lacking):
@@ -107,7 +108,7 @@ python=$own
 if [[ -n $active ]]; then
     check "$active" says && status=0 || status=$?
     if [[ $status == 3 ]] && "$active" -m pip --version >/dev/null 2>&1; then
-        say "adding what is missing to the active environment, changing nothing in it (deactivate it to get .venv instead)"
+        say "adding what is missing to the active environment, changing nothing (deactivate it to get .venv instead)"
         python=$active
     fi
 elif [[ -n $plain ]]; then
@@ -120,7 +121,7 @@ if [[ $python == "$own" ]] && ! "$own" -m pip --version >/dev/null 2>&1; then
     done
     [[ -n $base ]] || base=$plain   # a newer one than was tested
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        die "no Python 3.11 or 3.12 as python3, python3.12 or python3.11: install one, or activate an environment of it"
+        die "no Python 3.11 or 3.12 as python3, python3.12, python3.11: install one, or activate an environment of it"
     say "making $root/.venv with $("$base" --version)"
     "$base" -m venv --clear "$root/.venv" ||
         die "$base could not make a virtual environment (Debian, Ubuntu: apt-get install python3-venv)"
@@ -134,7 +135,7 @@ say "installing into $(dirname "$(dirname "$python")"): $(tr '\n' ' ' <"$work/ne
 if ! "$python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} \
     --requirement "$work/need" --constraint "$work/need.pins" >&2; then
     check "$python" says || true
-    die "pip could not install what is missing (reasons above); without a network, install it by hand, then run this again"
+    die "pip could not install what is missing (reasons above); without a network, install it by hand and try again"
 fi
 find_fit
 check "$python" says || true

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.data import Record
+from common.manifest import Record
 
 
 def _read_header(path: Path) -> dict:

@@ -129,7 +129,8 @@ def _load_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim
     set_model_state_dict(model, weights)
     if (folder / "optimizer").is_dir():
         moments = get_optimizer_state_dict(model, _bare(optimizer))
-        dcp.load(moments, checkpoint_id=folder / "optimizer")
+        # parameters that never got a gradient (a last block's text branch) have no saved moments
+        dcp.load(moments, checkpoint_id=folder / "optimizer", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
         set_optimizer_state_dict(model, _bare(optimizer), moments)
     else:
         _bare(optimizer).load_state_dict(

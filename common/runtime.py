@@ -85,6 +85,7 @@ def set_up(cfg, recipe_dir: Path) -> Run:
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if uses_deepspeed:
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # a launch file's mixed_precision must not stop accelerate: the config decides
         _resolve_deepspeed_config(recipe_dir)
     if (
         "RANK" in os.environ

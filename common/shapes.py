@@ -53,7 +53,7 @@ def place_box(place: str, size: tuple[int, int], extent: float, rng: random.Rand
     box = []
     for share, length in zip(PLACES[place], size, strict=True):
         margin = 0.05 * length
-        wobble = rng.uniform(-0.04, 0.04) * length if rng else 0.0
+        wobble = rng.uniform(-0.02, 0.02) * length if rng else 0.0
         start = margin + share * (length - extent - 2 * margin) + wobble
         box.append(min(max(start, 0.0), length - extent))
     return (box[0], box[1], box[0] + extent, box[1] + extent)

@@ -93,11 +93,18 @@ def load_weights_zero3(
     import deepspeed
 
     children = [child for part in model.children() for child in (part if isinstance(part, nn.ModuleList) else [part])]
+    names = {module: name for name, module in model.named_modules()}
+    partitioned: nn.Parameter | None = None
     for module in [*children, model]:
-        if any(p.is_meta for p in module.parameters()):
-            prefix = next(name for name, candidate in model.named_modules() if candidate is module)
-            load_weights(module, _with_prefix(read, prefix), dtype, device)
+        if not any(p.is_meta for p in module.parameters()):
+            continue
+        load_weights(module, _with_prefix(read, names[module]), dtype, device)
+        whole = [p for p in module.parameters() if not hasattr(p, "ds_tensor")]
+        if partitioned is None:  # Init allocates swap buffers: once, then its converter is used as DeepSpeed itself uses it
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config, dtype=dtype)
+            partitioned = whole[0]
+        else:
+            partitioned.convert_to_zero_parameters(param_list=whole)
 
 
 def _with_prefix(read: Reader, prefix: str) -> Reader:

@@ -45,7 +45,7 @@ def convert(checkpoint: Path, out: Path, max_shard_bytes: int, safe_serializatio
         torch.save({name: as_bf16(tensor) for name, tensor in weights.items()}, out / "diffusion_pytorch_model.bin")
     if (checkpoint / "config.json").is_file():
         shutil.copy(checkpoint / "config.json", out / "config.json")
-    print(f"{len(weights)} tensors, {sum(sizes.values()) / 2**30:.2f} GiB in bf16, written to {out}")
+    print(f"{len(weights)} tensors, {sum(sizes.values()) / 1e9:.3g} GB in bf16, written to {out}")
 
 
 def main() -> None:

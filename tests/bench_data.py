@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import data
+from common import data, images, manifest
 
 SIZES = ((1280, 960), (1024, 1024), (1000, 1500), (1600, 1200))  # 1 to 2 megapixels
 
@@ -43,13 +43,13 @@ def plain(path: Path, size: tuple[int, int]) -> torch.Tensor:
 class Images(torch.utils.data.Dataset):
     """What a recipe's dataset does for one sample."""
 
-    def __init__(self, folder: Path, records: list[data.Record], sizes: list[tuple[int, int]]) -> None:
+    def __init__(self, folder: Path, records: list[manifest.Record], sizes: list[tuple[int, int]]) -> None:
         self.folder, self.records, self.sizes = folder, records, sizes
 
     def __getitem__(self, item: tuple[int, int, int]) -> torch.Tensor:
         size = self.sizes[item[0]]
-        image = data.load_image(self.records[item[0]], self.folder, at_least=size)
-        return data.image_to_tensor(data.resize_and_crop(image, size))
+        image = manifest.load_image(self.records[item[0]], self.folder, at_least=size)
+        return images.image_to_tensor(images.resize_and_crop(image, size))
 
 
 def bench(resolution: int = 1024, n: int = 24, rounds: int = 5) -> dict:
@@ -58,7 +58,7 @@ def bench(resolution: int = 1024, n: int = 24, rounds: int = 5) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_images(folder, n)
-        records = data.check_records(data.load_manifest(folder), folder, progress=False)
+        records = manifest.check_records(manifest.load_manifest(folder), folder, progress=False)
         buckets = data.make_buckets(resolution)
         sizes = [data.nearest_bucket(record.width, record.height, buckets) for record in records]
         ids = [buckets.index(size) for size in sizes]

@@ -1,4 +1,4 @@
-"""common/data.py and common/cache.py: manifests, bad rows, images, buckets, the order of samples, the cache."""
+"""common/manifest.py, images.py, data.py, cache.py: manifests, bad rows, images, buckets, the order of samples, the cache."""
 
 import io
 import json
@@ -19,9 +19,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import data
+from common import data, images, manifest
 from common.cache import EmbeddingCache
-from common.data import Record
+from common.manifest import Record
 
 
 def png(colour="red", size=(48, 32), mode="RGB", kind="PNG", **options) -> bytes:
@@ -49,9 +49,9 @@ ROWS = [{"file_path": f"train/{number}.png", "text": f"picture {number}", "width
 
 
 def expect_three(folder, meta=None, **columns):
-    records = data.check_records(data.load_manifest(folder, meta, **columns), folder, progress=False)
+    records = manifest.check_records(manifest.load_manifest(folder, meta, **columns), folder, progress=False)
     assert [record.text for record in records] == ["picture 0", "picture 1", "picture 2"]
-    assert [data.load_image(record, folder).getpixel((0, 0)) for record in records] == [
+    assert [manifest.load_image(record, folder).getpixel((0, 0)) for record in records] == [
         (255, 0, 0),
         (0, 128, 0),
         (0, 0, 255),
@@ -93,13 +93,13 @@ def parquet_cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["image feature", "bytes", "paths"])
 def test_parquet(folder, parquet_cache, kind):
-    images = [(folder / row["file_path"]).read_bytes() for row in ROWS]
+    contents = [(folder / row["file_path"]).read_bytes() for row in ROWS]
     if kind == "image feature":
-        images = [{"bytes": image, "path": None} for image in images]
+        contents = [{"bytes": image, "path": None} for image in contents]
     if kind == "paths":
-        images = [row["file_path"] for row in ROWS]
+        contents = [row["file_path"] for row in ROWS]
     features = {"image feature": parquet_cache.Image(), "bytes": parquet_cache.Value("binary")}
-    columns = {"image": images, "text": [row["text"] for row in ROWS], "score": [1, 2, 3]}
+    columns = {"image": contents, "text": [row["text"] for row in ROWS], "score": [1, 2, 3]}
     table = parquet_cache.Dataset.from_dict(columns)
     table.cast_column("image", features.get(kind, parquet_cache.Value("string"))).to_parquet(folder / "part.parquet")
     records = expect_three(folder)
@@ -107,7 +107,7 @@ def test_parquet(folder, parquet_cache, kind):
     assert records[1].file_path == ("train/1.png" if kind == "paths" else "part.parquet::1")
     assert [record.row for record in records] == [0, 1, 2]
     with pytest.raises(ValueError, match=r"no column \['caption'\].*--text_column"):
-        data.load_manifest(folder, text_column="caption")
+        manifest.load_manifest(folder, text_column="caption")
 
 
 def test_parquet_sources_and_columns(folder, parquet_cache):
@@ -118,11 +118,11 @@ def test_parquet_sources_and_columns(folder, parquet_cache):
         "prompt": ["x"],
     }
     parquet_cache.Dataset.from_dict(columns).to_parquet(folder / "edit.parquet")
-    records = data.load_manifest(folder, image_column="target", text_column="prompt")
-    (record,) = data.check_records(records, folder, progress=False)
+    records = manifest.load_manifest(folder, image_column="target", text_column="prompt")
+    (record,) = manifest.check_records(records, folder, progress=False)
     assert len(record.source_file_path) == 2
-    assert data.load_image(record, folder, 0).getpixel((0, 0)) == (0, 0, 255)
-    assert data.load_image(record, folder, 1).getpixel((0, 0)) == (0, 255, 0)
+    assert manifest.load_image(record, folder, 0).getpixel((0, 0)) == (0, 0, 255)
+    assert manifest.load_image(record, folder, 1).getpixel((0, 0)) == (0, 255, 0)
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -134,33 +134,33 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def test_webdataset(folder):
-    images = [(folder / row["file_path"]).read_bytes() for row in ROWS]
-    second = {"001.png": images[1], "001.json": b'{"text": "picture 1", "score": 3}', "001.source.png": png("lime")}
-    write_tar(folder / "a-0.tar", {"000.png": images[0], "000.txt": b"picture 0", **second})
-    write_tar(folder / "a-1.tar", {"x/002.png": images[2], "x/002.txt": b"picture 2\n"})
+    contents = [(folder / row["file_path"]).read_bytes() for row in ROWS]
+    second = {"001.png": contents[1], "001.json": b'{"text": "picture 1", "score": 3}', "001.source.png": png("lime")}
+    write_tar(folder / "a-0.tar", {"000.png": contents[0], "000.txt": b"picture 0", **second})
+    write_tar(folder / "a-1.tar", {"x/002.png": contents[2], "x/002.txt": b"picture 2\n"})
     records = expect_three(folder)
     assert [record.file_path for record in records] == ["a-0.tar::000", "a-0.tar::001", "a-1.tar::x/002"]
-    assert records[1].extra == {"score": 3} and data.load_image(records[1], folder, 0).getpixel((0, 0)) == (0, 255, 0)
+    assert records[1].extra == {"score": 3} and manifest.load_image(records[1], folder, 0).getpixel((0, 0)) == (0, 255, 0)
     expect_three(folder, "a-*.tar")
     write_tar(
-        folder / "bad.tar", {"000.txt": b"no image", "001.png": images[0], "001.json": b"{", "002.png": images[0]}
+        folder / "bad.tar", {"000.txt": b"no image", "001.png": contents[0], "001.json": b"{", "002.png": contents[0]}
     )
-    reasons = [record.problem for record in data.load_manifest(folder, "bad.tar")]
+    reasons = [record.problem for record in manifest.load_manifest(folder, "bad.tar")]
     assert "no image" in reasons[0] and "not valid JSON" in reasons[1] and "text is None" in reasons[2]
 
 
 def test_manifest_errors(folder):
     with pytest.raises(ValueError, match="no manifest"):
-        data.load_manifest(folder)
+        manifest.load_manifest(folder)
     with pytest.raises(ValueError, match="is no folder"):
-        data.load_manifest(folder / "nowhere")
+        manifest.load_manifest(folder / "nowhere")
     for content, message in (("[]", "zero rows"), ("{}", "expected a list"), ("[", "cannot read the manifest")):
         (folder / "train.json").write_text(content)
         with pytest.raises(ValueError, match=message):
-            data.load_manifest(folder)
+            manifest.load_manifest(folder)
     (folder / "list.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"expected a \.json"):
-        data.load_manifest(folder, "list.csv")
+        manifest.load_manifest(folder, "list.csv")
 
 
 # ---- bad rows
@@ -222,13 +222,13 @@ def bad_rows(folder: Path) -> list[tuple[object, str]]:
 def test_bad_rows(folder, capsys):
     bad = bad_rows(folder)
     write_lines(folder / "train.jsonl", [ROWS[0], *(row for row, _ in bad), ROWS[1]])
-    records = data.load_manifest(folder)
+    records = manifest.load_manifest(folder)
     with pytest.raises(ValueError, match=f"{len(bad)} of {len(bad) + 2} rows are bad.*--on_bad_rows skip") as error:
-        data.check_records(records, folder, progress=False, max_pixels=2_000_000)
+        manifest.check_records(records, folder, progress=False, max_pixels=2_000_000)
     lines = str(error.value).splitlines()
     assert len(lines) == 21  # the sentence and the first 20
     assert lines[1] == "  train.jsonl line 2: train/9.png: missing"
-    good = data.check_records(records, folder, "skip", folder / "out", progress=False, max_pixels=2_000_000)
+    good = manifest.check_records(records, folder, "skip", folder / "out", progress=False, max_pixels=2_000_000)
     assert [record.file_path for record in good] == ["train/0.png", "train/1.png"]
     assert f"{len(bad)} of {len(bad) + 2} rows are bad" in capsys.readouterr().out
     written = [json.loads(line) for line in (folder / "out/bad_rows.jsonl").read_text().splitlines()]
@@ -236,7 +236,7 @@ def test_bad_rows(folder, capsys):
     for row, (_, reason) in zip(written, bad, strict=True):
         assert reason in row["reason"], row
     with pytest.raises(ValueError, match="none is left"):
-        data.check_records([record for record in records if record.row == 2], folder, "skip", progress=False)
+        manifest.check_records([record for record in records if record.row == 2], folder, "skip", progress=False)
 
 
 def test_pillows_own_bomb_limit(folder, monkeypatch):
@@ -244,22 +244,22 @@ def test_pillows_own_bomb_limit(folder, monkeypatch):
     write_lines(folder / "train.jsonl", [{"file_path": "bomb.png", "text": "x"}])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
     with pytest.raises(ValueError, match="decompression bomb"):
-        data.check_records(data.load_manifest(folder), folder, progress=False)
+        manifest.check_records(manifest.load_manifest(folder), folder, progress=False)
 
 
 def test_a_good_row_may_use_dots_and_inner_links(folder):
     (folder / "train/link.png").symlink_to(folder / "train/0.png")
     rows = [{"file_path": path, "text": "x"} for path in ("train/../train/0.png", "train/link.png")]
     (folder / "train.json").write_text(json.dumps(rows))
-    assert len(data.check_records(data.load_manifest(folder), folder, progress=False)) == 2
+    assert len(manifest.check_records(manifest.load_manifest(folder), folder, progress=False)) == 2
 
 
 def test_known_good_is_not_decoded_again(folder, monkeypatch):
     (folder / "train.json").write_text(json.dumps(ROWS))
     records = expect_three(folder)
-    monkeypatch.setattr(data, "decode_image", lambda *_: pytest.fail("decoded"))
-    again = data.check_records(
-        data.load_manifest(folder), folder, known_good={r.digest for r in records}, progress=False
+    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
+    again = manifest.check_records(
+        manifest.load_manifest(folder), folder, known_good={r.digest for r in records}, progress=False
     )
     assert again == records
 
@@ -268,7 +268,7 @@ def test_known_good_is_not_decoded_again(folder, monkeypatch):
 
 
 def decode(content: bytes, **options) -> np.ndarray:
-    image = data.decode_image(content, **options)
+    image = images.decode_image(content, **options)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -289,7 +289,7 @@ def test_exif_rotation(kind, orientation):
     assert abs(pixels - np.asarray(upright).astype(int)).max() < (1 if kind in ("PNG", "TIFF") else 90)
     assert abs(pixels[4, 4] - (255, 0, 0)).max() < 9 and pixels[-4, -4].min() > 246 and pixels[-4, 4].min() > 246
     for decoded in (True, False):  # the size from the header alone is the size of the decoded image
-        assert data._check_image(buffer.getvalue(), decoded, 10**6) == (64, 32)
+        assert images.check_image(buffer.getvalue(), decoded, 10**6) == (64, 32)
 
 
 def test_transparency_goes_over_white():
@@ -328,31 +328,31 @@ def test_resize_and_crop_order_of_sides():
     image = Image.new("RGB", (100, 60), "white")
     image.paste("red", (0, 0, 20, 60))
     image.paste("blue", (80, 0, 100, 60))
-    result = data.resize_and_crop(image, (32, 64))  # (width, height): both coloured ends are cut off
+    result = images.resize_and_crop(image, (32, 64))  # (width, height): both coloured ends are cut off
     assert result.size == (32, 64) and np.asarray(result).min() > 250
-    tensor = data.image_to_tensor(data.resize_and_crop(image, (96, 32)))
+    tensor = images.image_to_tensor(images.resize_and_crop(image, (96, 32)))
     assert tensor.shape == (3, 32, 96) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     assert tensor[:, 16, 2].tolist() == pytest.approx([1, -1, -1], abs=0.02)
     assert tensor[:, 16, -2].tolist() == pytest.approx([-1, -1, 1], abs=0.02)
-    assert data.image_to_tensor(Image.new("RGB", (1, 1), (0, 255, 51))).flatten().tolist() == pytest.approx(
+    assert images.image_to_tensor(Image.new("RGB", (1, 1), (0, 255, 51))).flatten().tolist() == pytest.approx(
         [-1, 1, -0.6]
     )
     for size in ((997, 31), (31, 997), (1, 1), (333, 333)):  # no rounding outside the picture
         for target in ((64, 64), (96, 32), (32, 1024)):
-            assert data.resize_and_crop(Image.new("RGB", size), target).size == target
-    assert data.cover_box((100, 60), (32, 64)) == (35, 0, 65, 60)
+            assert images.resize_and_crop(Image.new("RGB", size), target).size == target
+    assert images.cover_box((100, 60), (32, 64)) == (35, 0, 65, 60)
 
 
 def test_resizing_is_antialiased_and_draft_changes_little():
     y, x = np.mgrid[0:2048, 0:2048]
     smooth = np.stack([127 + 120 * np.sin(x / 97), 127 + 120 * np.cos(y / 61), (x + y) / 16], -1).astype(np.uint8)
     checks = np.where((x + y) % 2, 255, 0).astype(np.uint8)[..., None].repeat(3, -1)
-    assert abs(np.asarray(data.resize_and_crop(Image.fromarray(checks), (128, 128))).astype(int) - 127).max() < 9
+    assert abs(np.asarray(images.resize_and_crop(Image.fromarray(checks), (128, 128))).astype(int) - 127).max() < 9
     buffer = io.BytesIO()
     Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
-    full, fast = (data.decode_image(buffer.getvalue(), at_least=size) for size in (None, (256, 256)))
+    full, fast = (images.decode_image(buffer.getvalue(), at_least=size) for size in (None, (256, 256)))
     assert full.size == (2048, 2048) and fast.size == (512, 512)
-    a, b = (np.asarray(data.resize_and_crop(image, (256, 256))).astype(int) for image in (full, fast))
+    a, b = (np.asarray(images.resize_and_crop(image, (256, 256))).astype(int) for image in (full, fast))
     assert abs(a - b).max() <= 4
 
 
@@ -383,6 +383,23 @@ def test_nearest_bucket():
     assert width > height and abs(width / height - 16 / 9) < 0.06
     assert data.nearest_bucket(1080, 1920, buckets) == (height, width)
     assert data.nearest_bucket(9000, 100, buckets)[0] == max(width for width, _ in buckets)
+
+
+def test_data_digest():
+    records = [Record(number, f"{number}.png", "x", digest=f"d{number}") for number in range(3)]
+    digest = data.data_digest(records, [0, 1, 0])
+    assert digest == data.data_digest([Record(9, "moved.png", "new caption", digest=r.digest) for r in records], [0, 1, 0])
+    others = [
+        data.data_digest(records, [0, 1, 1]),
+        data.data_digest(records[::-1], [0, 1, 0]),
+        data.data_digest(records[:2], [0, 1]),
+        data.data_digest([*records[:2], Record(2, "2.png", "x", digest="other")], [0, 1, 0]),
+        data.data_digest(records, [(64, 32), (32, 64), (64, 32)]),
+    ]
+    assert len({digest, *others}) == 6
+    assert digest == "?"  # a checkpoint keeps it
+    with pytest.raises(ValueError, match="zip"):
+        data.data_digest(records, [0, 1])
 
 
 # ---- the order of samples
@@ -535,14 +552,14 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         record = self.records[item[0]]
-        return data.load_image(record, self.folder).getpixel((0, 0)), self.cache[self.cache.key(record)]["latents"]
+        return manifest.load_image(record, self.folder).getpixel((0, 0)), self.cache[self.cache.key(record)]["latents"]
 
 
 def test_workers_read_parquet_tar_and_cache(folder, parquet_cache):
     parquet_cache.Dataset.from_dict({"image": [png("red")], "text": ["p"]}).to_parquet(folder / "p.parquet")
     write_tar(folder / "t.tar", {"0.png": png("blue"), "0.txt": b"t"})
-    records = data.load_manifest(folder, "p.parquet") + data.load_manifest(folder, "t.tar")
-    records = data.check_records(records, folder, progress=False)
+    records = manifest.load_manifest(folder, "p.parquet") + manifest.load_manifest(folder, "t.tar")
+    records = manifest.check_records(records, folder, progress=False)
     cache = EmbeddingCache(folder / "cache", {})
     for number, record in enumerate(records):
         cache.add(cache.key(record), {"latents": torch.full((2,), float(number))})
@@ -606,7 +623,7 @@ def test_changed_image_bytes_change_the_key(folder):
     for path, colour in ((None, ""), ("train/0.png", "lime"), ("train/1.png", "black"), (None, "")):
         if path:
             (folder / path).write_bytes(png(colour))
-        (record,) = data.check_records(data.load_manifest(folder), folder, progress=False)
+        (record,) = manifest.check_records(manifest.load_manifest(folder), folder, progress=False)
         keys.append(cache.key(record, (64, 64)))
     assert len(set(keys)) == 3 and keys[2] == keys[3]
 

@@ -25,7 +25,7 @@ from common.shapes import (
 SIZE = (64, 64)
 
 
-def scenes(seed: int, share: float = 0.2):
+def scenes(seed: int, share: float = 0.1):
     """(objects, background, caption) of a random share of all single-object scenes."""
     rng = random.Random(seed)
     for colour, shape, place, background in itertools.product(COLOURS, SHAPES, PLACES, BACKGROUNDS):

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# run.sh [CONFIG] [--flag value ...]    CONFIG: a name in configs/ or a path to a YAML, tiny when none is given; --help: every flag
-# LAUNCH=NAME     a file of accelerate/ (single, ddp, fsdp2, zero3_offload, ...) in place of the one that the config names
-# NPROC=N         processes on this machine; else one a visible GPU (no GPU: 2); single is always 1
-# NNODES=N NODE_RANK=I MASTER_ADDR=HOST [MASTER_PORT=29500]     several machines: run the same command on each
+# run.sh [CONFIG] [--flag value ...]   CONFIG: a name in configs/ or a path to a YAML; tiny when none is given
+# run.sh --help                        every flag with its help
+# LAUNCH=NAME    a file of accelerate/ (single, ddp, fsdp2, zero3_offload, ...) in place of the one that CONFIG names
+# NPROC=N        processes on this machine; else one a visible GPU (no GPU: 2); single is always 1
+# NNODES=N NODE_RANK=I MASTER_ADDR=HOST [MASTER_PORT=29500]   several machines: the same command on each
 set -euo pipefail
 die() { echo "run.sh: $*" >&2; exit 2; }
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,14 +43,14 @@ if [[ $kind == NO ]]; then default=1; elif [[ $gpus -gt 0 ]]; then default=$gpus
 NPROC=${NPROC:-$default}
 world=$((NPROC * NNODES))
 if [[ $kind == NO && $world -gt 1 ]]; then
-    die "launch file '$LAUNCH' is for one process, got NPROC=$NPROC NNODES=$NNODES: name another, LAUNCH=ddp or LAUNCH=fsdp2"
+    die "launch file '$LAUNCH' is for one process, got NPROC=$NPROC NNODES=$NNODES; take LAUNCH=ddp or LAUNCH=fsdp2"
 elif [[ $kind == MULTI_GPU && $world -eq 1 ]]; then
     echo "run.sh: one process, so launch file 'single' instead of '$LAUNCH'"
     LAUNCH=single
 elif [[ $kind == DEEPSPEED && $gpus -eq 0 ]]; then
     export DS_ACCELERATOR=cpu
 elif [[ $kind == DEEPSPEED && $toolkit != "$torch_cuda" && -z ${DS_SKIP_CUDA_CHECK-} ]]; then
-    echo "run.sh: CUDA toolkit $toolkit, torch built for $torch_cuda: DS_SKIP_CUDA_CHECK=1, so that DeepSpeed compiles"
+    echo "run.sh: CUDA toolkit $toolkit, torch is for $torch_cuda: DS_SKIP_CUDA_CHECK=1, so that DeepSpeed compiles"
     export DS_SKIP_CUDA_CHECK=1
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
@@ -57,12 +58,12 @@ place=(--num_machines "$NNODES" --machine_rank "${NODE_RANK:-0}")
 if [[ $NNODES -eq 1 ]]; then
     place+=(--main_process_port "${MASTER_PORT:-0}")   # 0: any free one
 else
-    [[ -n ${MASTER_ADDR-} && -n ${NODE_RANK-} ]] || die "NNODES=$NNODES needs MASTER_ADDR and NODE_RANK (0 on that machine)"
+    [[ -n ${MASTER_ADDR-} && -n ${NODE_RANK-} ]] || die "NNODES=$NNODES needs MASTER_ADDR, and NODE_RANK (0 there)"
     place+=(--main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}")
 fi
 
 if grep -q "^pretrained_model_name_or_path:[[:space:]]*[\"']\{0,1\}tiny\b" "$yaml"; then
     "$python" "$recipe/make_tiny.py" --output_dir "$root/outputs/$(basename "$recipe")/tiny_base"
 fi
-exec "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" "${place[@]}" \
-    --num_processes "$world" "$recipe/train.py" --config "$yaml" "$@"
+exec "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" \
+    "${place[@]}" --num_processes "$world" "$recipe/train.py" --config "$yaml" "$@"

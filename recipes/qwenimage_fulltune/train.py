@@ -34,19 +34,7 @@ from common import runtime
 from common.cache import EmbeddingCache
 from common.checkpoint import export_weights, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import parse_config, save_config
-from common.data import (
-    MicroBatchSampler,
-    Record,
-    advance_segments,
-    check_records,
-    image_to_tensor,
-    load_image,
-    load_manifest,
-    make_buckets,
-    make_loader,
-    nearest_bucket,
-    resize_and_crop,
-)
+from common.data import MicroBatchSampler, advance_segments, make_buckets, make_loader, nearest_bucket
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.flow_matching import (
     add_noise,
@@ -60,6 +48,8 @@ from common.flow_matching import (
     shift_sigmas,
     velocity_target,
 )
+from common.images import image_to_tensor, resize_and_crop
+from common.manifest import Record, check_records, load_image, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
 from common.optimizers import build_optimizer
 from common.runtime import (
