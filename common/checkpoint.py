@@ -1,4 +1,7 @@
-"""Checkpoints that are complete or absent, exact resume, and export to diffusers' layout. Every function is called on every process."""
+"""Checkpoints that are complete or absent, exact resume, and export to diffusers' layout.
+
+Every function is called on every process.
+"""
 
 import json
 import os
@@ -8,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common import nvme
 from common.runtime import Run
-from common.sharding import Ema, full_tensor
+from common.sharding import Ema, full_tensor, safetensors_reader
 
 STATE_FILE = "trainer_state.json"
+SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
 
 
 def save_checkpoint(
@@ -28,9 +33,11 @@ def save_checkpoint(
     limit: int,
     files: dict[str, str],
 ) -> Path:
-    """Write checkpoint-<step>: weights, optimizer, average, `state` (JSON) and small text `files`, then delete the oldest beyond `limit` (0 keeps all).
+    """Write checkpoint-<step>: weights, optimizer, average, `state` (JSON) and small text `files`, then delete the
+    oldest beyond `limit` (0 keeps all).
 
-    Everything is written to checkpoint-<step>.partial and renamed at the end: a kill at any moment leaves the folder complete or absent.
+    Everything is written to checkpoint-<step>.partial and renamed at the end: a kill at any moment leaves the folder
+    complete or absent.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
@@ -40,12 +47,15 @@ def save_checkpoint(
     run.barrier()
     if run.strategy.startswith("zero"):
         model.save_checkpoint(str(partial), tag="deepspeed")
+        if nvme.uses_nvme(model):
+            torch.save(nvme.state_beside(model.optimizer), partial / f"nvme_rank{run.rank}.pt")
     elif run.strategy == "fsdp2":
         _save_fsdp2(run, partial, model, optimizer)
     elif run.is_main:
-        save_file(
-            {k: v.contiguous() for k, v in _unwrap(run, model).state_dict().items()}, partial / "model.safetensors"
-        )
+        weights = _unwrap(run, model).state_dict()
+        (partial / "model").mkdir()
+        sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+        write_shards(iter(weights.items()), sizes, partial / "model", SHARD_BYTES)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     if ema is not None and (run.sharded or run.is_main):
         torch.save(ema.shadow, partial / f"ema_rank{run.rank}.pt")
@@ -70,28 +80,33 @@ def save_checkpoint(
 def load_checkpoint(
     run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
 ) -> dict:
-    """Put weights, optimizer and average back as saved and return the state. ValueError where the strategy cannot read this checkpoint."""
+    """Put weights, optimizer and average back as saved and return the state.
+
+    ValueError where the strategy cannot read this checkpoint.
+    """
     state = json.loads((folder / STATE_FILE).read_text())
     families = {"single": "replicated", "ddp": "replicated", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
     if families[state["strategy"]] != families[run.strategy]:
         raise ValueError(
-            f"{folder} was saved by {state['strategy']} and this run is {run.strategy}: resume with LAUNCH={state['strategy']}, or start a new run from its "
-            "weights (the export/ folder, or `python -m common.zero_to_bf16` for DeepSpeed) as pretrained_model_name_or_path"
+            f"{folder} was saved by {state['strategy']} and this run is {run.strategy}: "
+            f"resume with LAUNCH={state['strategy']}, or start a new run from its weights "
+            "(the export/ folder, or `python -m common.zero_to_bf16` for DeepSpeed) as pretrained_model_name_or_path"
         )
     per_rank_state = run.strategy.startswith("zero") or (
         run.strategy == "fsdp2" and not (folder / "optimizer").is_dir()
     )
     if state["world_size"] != run.world_size and (per_rank_state or (ema is not None and run.sharded)):
         raise ValueError(
-            f"{folder} holds the {run.strategy} optimizer state of {state['world_size']} processes, one part each, and this run has {run.world_size}: resume with NPROC="
-            f"{state['world_size']}, or start a new run from the exported weights"
+            f"{folder} holds the {run.strategy} optimizer state of {state['world_size']} processes, one part each, "
+            f"and this run has {run.world_size}: resume with NPROC={state['world_size']}, "
+            "or start a new run from the exported weights"
         )
     if run.strategy.startswith("zero"):
-        model.load_checkpoint(str(folder), tag="deepspeed")
+        _load_deepspeed(run, folder, model)
     elif run.strategy == "fsdp2":
         _load_fsdp2(run, folder, model, optimizer)
     else:
-        _unwrap(run, model).load_state_dict(load_file(folder / "model.safetensors"))
+        _load_replicated(_unwrap(run, model), folder / "model")
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False))
     if ema is not None:
         file = folder / f"ema_rank{run.rank if run.sharded else 0}.pt"
@@ -99,12 +114,33 @@ def load_checkpoint(
             raise ValueError(
                 f"{folder} has no averaged weights; resume with --ema_decay 0 as it was saved, or start anew"
             )
-        ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow)]
+        ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow, strict=False)]
     return state
 
 
+@torch.no_grad()
+def _load_replicated(model: nn.Module, folder: Path) -> None:
+    """Copy saved tensors into the model one at a time; names and shapes must be the model's."""
+    own = model.state_dict()
+    read = safetensors_reader(folder, set(own))
+    for name, tensor in own.items():
+        tensor.copy_(read(name, tuple(tensor.shape), slice(None)))
+
+
+def _load_deepspeed(run: Run, folder: Path, engine: nn.Module) -> None:
+    if not nvme.uses_nvme(engine):
+        engine.load_checkpoint(str(folder), tag="deepspeed")
+        return
+    nvme.before_load(engine.optimizer)
+    engine.load_checkpoint(str(folder), tag="deepspeed")
+    nvme.after_load(engine.optimizer, torch.load(folder / f"nvme_rank{run.rank}.pt", map_location="cpu"))
+
+
 def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """torch's distributed checkpoint, which another number of processes can read; quantised optimizer state goes to one file a rank."""
+    """torch's distributed checkpoint, which another number of processes can read.
+
+    Quantised optimizer state goes to one file a rank.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
@@ -170,7 +206,10 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one (None if there is none), else a path."""
+    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one.
+
+    None if there is none; anything else is a path.
+    """
     if not resume:
         return None
     if resume == "latest":
@@ -181,7 +220,8 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
             return folder
     names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
     raise ValueError(
-        f"resume_from_checkpoint {resume!r} is no complete checkpoint; in {output_dir} there are: {names}. Or say latest"
+        f"resume_from_checkpoint {resume!r} is no complete checkpoint; "
+        f"in {output_dir} there are: {names}. Or say latest"
     )
 
 
@@ -200,10 +240,10 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def export_weights(
-    run: Run, model: nn.Module, folder: str | Path, files: dict[str, str], max_shard_bytes: int = 5 * 10**9
+    run: Run, model: nn.Module, folder: str | Path, files: dict[str, str], max_shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the weights as bf16 safetensors in diffusers' layout, shard by shard, so that memory holds one shard; `files` are added
-    ({"config.json": ...})."""
+    """Write the weights as bf16 safetensors in diffusers' layout, shard by shard, so that memory holds one shard;
+    `files` are added ({"config.json": ...})."""
     module = _unwrap(run, model) if run.strategy != "fsdp2" else model
     sizes = {name: 2 * torch.Size(full_shape(p)).numel() for name, p in module.named_parameters()}
     sizes |= {name: 2 * b.numel() for name, b in module.named_buffers()}
@@ -232,7 +272,8 @@ def write_shards(
     max_shard_bytes: int,
     write: bool = True,
 ) -> None:
-    """Split tensors into files of at most max_shard_bytes (a larger tensor gets its own), with diffusers' names and index.
+    """Split tensors into files of at most max_shard_bytes (a larger tensor gets its own), with diffusers' names and
+    index.
 
     sizes: {name: bytes} in the iterator's order, known beforehand because the file names hold the number of files.
     """
@@ -260,7 +301,7 @@ def write_shards(
                 folder / file,
                 metadata={"format": "pt"},
             )
-        weight_map.update({name: file for name in names})
+        weight_map.update(dict.fromkeys(names, file))
     if write and len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(

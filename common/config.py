@@ -1,6 +1,7 @@
-"""One parser for a recipe's settings: a YAML file is flattened into flags, put before the command line, and the last value wins."""
+"""One parser for a recipe's settings: a YAML file becomes flags before the command line's, and the last value wins."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +15,8 @@ ConfigClass = TypeVar("ConfigClass")
 def yaml_to_flags(path: str | Path) -> list[str]:
     """Flatten a YAML mapping into command-line flags: nested keys join with dots, booleans become --key or --no-key.
 
-    Raises ValueError when the file is missing or is no mapping. Unknown keys are left for the parser to report, so that a typo in
-    YAML reads as a typo on the command line does.
+    Raises ValueError when the file is missing or is no mapping. Unknown keys are left for the parser to report, so
+    that a typo in YAML reads as a typo on the command line does.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,10 +44,10 @@ def _flags(mapping: dict, prefix: str) -> list[str]:
 
 
 def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None) -> ConfigClass:
-    """Read `[--config FILE.yaml] [--flag value ...]` into `config_class`, a dataclass whose attribute docstrings are the help.
+    """Read `[--config FILE.yaml] [--flag value ...]` into a dataclass whose attribute docstrings are the help.
 
-    Underscores and dashes are the same in flags; `--flag` and `--no-flag` set booleans. An unknown flag or YAML key ends the program
-    with the nearest known names; a rule broken in `__post_init__` raises its ValueError.
+    Underscores and dashes are the same in flags; `--flag` and `--no-flag` set booleans. An unknown flag or YAML key
+    ends the program with the nearest known names; a rule broken in `__post_init__` raises its ValueError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags: list[str] = []
@@ -56,7 +57,18 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
             raise ValueError("--config needs a YAML file after it")
         flags += yaml_to_flags(argv[at + 1])
         del argv[at : at + 2]
-    return tyro.cli(config_class, args=flags + argv, config=(tyro.conf.CascadeSubcommandArgs,), use_underscores=True)
+    quiet = os.environ.get("RANK", "0") != "0"  # a mistake is shown once, not by every process
+    rules = getattr(config_class, "__post_init__", lambda cfg: None)
+    config_class.__post_init__ = lambda cfg: (
+        None
+    )  # tyro would put its ValueError into a frame: it is called afterwards
+    try:
+        options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}
+        cfg = tyro.cli(config_class, args=flags + argv, **options)
+    finally:
+        config_class.__post_init__ = rules
+    rules(cfg)
+    return cfg
 
 
 def save_config(cfg: object, path: str | Path) -> None:
@@ -77,14 +89,14 @@ def config_table(config_class: type) -> str:
 
 
 def field_helps(config_class: type) -> dict[str, str]:
-    """Each field's docstring on one line (read from the source with ast); an assertion fails for a field without one."""
+    """Each field's docstring on one line (read from the source with ast); an assertion fails where there is none."""
     import ast
     import inspect
     import textwrap
 
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     helps = {}
-    for node, following in zip(body, body[1:] + [None]):
+    for node, following in zip(body, body[1:] + [None], strict=True):
         if isinstance(node, ast.AnnAssign):
             is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             assert is_doc, f"Config.{node.target.id} has no docstring under it"

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.manifest import Record
 
-
 # ---- aspect buckets
 
 

@@ -1,7 +1,10 @@
-"""Flow matching with straight paths: noisy_latents = (1 - sigma) * latents + sigma * noise, velocity target = noise - latents.
+"""Flow matching with straight paths.
 
-Randomness is drawn sample by sample: noise, sigma and caption dropout are functions of (seed, step, position in the step's group), so a
-step is the same however its samples are split over processes and micro-batches, and a resumed run continues exactly.
+noisy_latents = (1 - sigma) * latents + sigma * noise, velocity target = noise - latents.
+
+Randomness is drawn sample by sample: noise, sigma and caption dropout are functions of (seed, step, position in the
+step's group), so a step is the same however its samples are split over processes and micro-batches, and a resumed run
+continues exactly.
 """
 
 import math
@@ -35,8 +38,9 @@ def sample_sigmas(
 ) -> Tensor:
     """Map (B,) uniform numbers to (B,) sigmas in [0, 1] before any shift (0 = data, 1 = noise).
 
-    Schemes of Esser et al. 2024 (arXiv 2403.03206), section 3.1: `uniform`; `logit_normal`, sigmoid(mean + std * z), here by the inverse
-    normal distribution so that one uniform number gives one sigma; `mode`, equation 20 with its scale s.
+    Schemes of Esser et al. 2024 (arXiv 2403.03206), section 3.1: `uniform`; `logit_normal`, sigmoid(mean + std * z),
+    here by the inverse normal distribution so that one uniform number gives one sigma; `mode`, equation 20 with its
+    scale s.
     """
     if scheme == "uniform":
         return uniform
@@ -49,15 +53,19 @@ def sample_sigmas(
 
 
 def resolution_shift(image_tokens: int, scheduler_config: dict) -> float:
-    """mu of the checkpoint's dynamic shift: linear in the number of image tokens (packed latents) between the scheduler's
-    (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as the diffusers pipelines compute it for sampling."""
+    """mu of the checkpoint's dynamic shift: linear in the number of image tokens (packed latents) between the
+    scheduler's (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as the diffusers pipelines compute
+    it for sampling."""
     base_tokens, max_tokens = scheduler_config["base_image_seq_len"], scheduler_config["max_image_seq_len"]
     base_shift, max_shift = scheduler_config["base_shift"], scheduler_config["max_shift"]
     return base_shift + (max_shift - base_shift) * (image_tokens - base_tokens) / (max_tokens - base_tokens)
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move sigmas (B,) towards noise: shift * sigma / (1 + (shift - 1) * sigma). A dynamic mu is shift = exp(mu); 1.0 changes nothing."""
+    """Move sigmas (B,) towards noise: shift * sigma / (1 + (shift - 1) * sigma).
+
+    A dynamic mu is shift = exp(mu); 1.0 changes nothing.
+    """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -73,13 +81,14 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """What the transformer predicts, d noisy_latents / d sigma = noise - latents; samplers of diffusers subtract it on the way to data."""
+    """What the transformer predicts, d noisy_latents / d sigma = noise - latents; samplers of diffusers subtract it on
+    the way to data."""
     return noise - latents
 
 
 def loss_weights(sigma: Tensor, weighting: str) -> Tensor:
-    """(B,) weights of the squared error: `none`; `sigma_sqrt` = sigma^-2 (capped at sigma 0.01); `cosmap` = 2 / (pi (1 - 2 sigma + 2 sigma^2)),
-    both from arXiv 2403.03206."""
+    """(B,) weights of the squared error: `none`; `sigma_sqrt` = sigma^-2 (capped at sigma 0.01);
+    `cosmap` = 2 / (pi (1 - 2 sigma + 2 sigma^2)), both from arXiv 2403.03206."""
     if weighting == "none":
         return torch.ones_like(sigma)
     if weighting == "sigma_sqrt":
@@ -90,7 +99,10 @@ def loss_weights(sigma: Tensor, weighting: str) -> Tensor:
 
 
 def flow_matching_loss(velocity_pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the batch of weights (B,) times each sample's mean squared error, in float32. Shapes must be equal, no broadcasting."""
+    """Mean over the batch of weights (B,) times each sample's mean squared error, in float32.
+
+    Shapes must be equal, no broadcasting.
+    """
     assert velocity_pred.shape == target.shape, (
         f"{tuple(velocity_pred.shape)} predicted, {tuple(target.shape)} expected"
     )

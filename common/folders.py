@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def resolve_paths(cfg, recipe_dir: Path, argv: Sequence[str] | None = None) -> None:
-    """Fill in what depends on where the recipe lies: "tiny" model and data (built by make_tiny.py), and outputs/<recipe>/<config>."""
+    """Fill in what depends on where the recipe lies: "tiny" model and data (built by make_tiny.py), and
+    outputs/<recipe>/<config>."""
     argv = list(sys.argv[1:] if argv is None else argv)
     repository = Path(__file__).resolve().parents[1]
     tiny = repository / "outputs" / recipe_dir.name / "tiny_base"
@@ -37,7 +38,8 @@ def model_folder(name_or_path: str, parts: Sequence[str]) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "~")):
         lacks = [part for part in parts if not (path / part).is_dir()]
         raise ValueError(
-            f"pretrained_model_name_or_path {name_or_path!r} is no model folder: it lacks {', '.join(lacks)}; give a folder in diffusers' layout or a hub name"
+            f"pretrained_model_name_or_path {name_or_path!r} is no model folder: it lacks {', '.join(lacks)}; "
+            "give a folder in diffusers' layout or a hub name"
         )
     from huggingface_hub import snapshot_download
 
@@ -47,12 +49,14 @@ def model_folder(name_or_path: str, parts: Sequence[str]) -> Path:
         )
     except Exception as error:  # the client has a dozen kinds of its own
         raise ValueError(
-            f"{name_or_path!r} is no local folder and could not be downloaded ({error}); check the name, the network and `hf auth login`"
+            f"{name_or_path!r} is no local folder and could not be downloaded ({error}); "
+            "check the name, the network and `hf auth login`"
         ) from error
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of a model part: names and sizes of all files, all of the small ones, head, middle and tail of the large ones."""
+    """Hash of a model part: names and sizes of all files, all of the small, head, middle and tail of the large
+    ones."""
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         size = file.stat().st_size
@@ -65,13 +69,14 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def read_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts themselves, or those in one .txt (a line each), .json (a list) or .parquet (column text or prompt) file."""
+    """The prompts, or those in one .txt (a line each), .json (a list) or .parquet (column text or prompt) file."""
     path = Path(prompts[0]) if len(prompts) == 1 else Path()
     if path.suffix not in (".txt", ".json", ".parquet"):
         return list(prompts)
     if not path.is_file():
         raise ValueError(
-            f"validation_prompts names {path}, which is not there; give a .txt, .json or .parquet file, or the prompts themselves"
+            f"validation_prompts names {path}, which is not there; "
+            "give a .txt, .json or .parquet file, or the prompts themselves"
         )
     if path.suffix == ".txt":
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What a run writes and shows: metrics.jsonl, the tracker, the progress bar, curves.png, picture grids, environment.json."""
+"""What a run writes and shows: metrics.jsonl, tracker, progress bar, curves.png, picture grids, environment.json."""
 
 import contextlib
 import json
@@ -54,7 +54,8 @@ class Meter:
             yield batch
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Take one micro-batch's metrics: forward_flops and samples are added up, tensors averaged over micro-batches and processes."""
+        """Take one micro-batch's metrics: forward_flops and samples are added up, tensors averaged over micro-batches
+        and processes."""
         self.forward_flops += metrics.pop("forward_flops")
         self.samples += metrics.pop("samples")
         self.micro_batches += 1
@@ -62,7 +63,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def log(self, step: int, loss: Tensor, learning_rate: float, grad_norm: float) -> None:
-        """Agree on the means and on a stop signal, write a row, and end a run whose loss is not finite (ValueError)."""
+        """Agree on the means and on a stop signal, write a row; ValueError ends a run whose loss is not finite."""
         names = sorted(self.sums)
         asked = torch.tensor(float(runtime.stop["asked"]), device=loss.device)
         shared = torch.stack(
@@ -75,7 +76,7 @@ class Meter:
         seconds = time.perf_counter() - self.began
         runtime.stop["agreed"] = numbers[-1] > 0
         row = {"step": step, "loss": numbers[0], "learning_rate": learning_rate, "grad_norm": grad_norm}
-        row |= dict(zip(names, numbers[1:-1]))
+        row |= dict(zip(names, numbers[1:-1], strict=True))
         row |= {
             "seconds_per_step": seconds,
             "samples_per_second": self.samples * self.run.world_size / seconds,
@@ -92,12 +93,19 @@ class Meter:
                 draw_curves(self.folder)
                 self.curve_drawn = time.perf_counter()
         if self.bar is None:
-            self.bar = tqdm(total=self.cfg.max_train_steps, initial=step - 1, disable=not self.run.is_main, dynamic_ncols=True, desc="train")
+            self.bar = tqdm(
+                total=self.cfg.max_train_steps,
+                initial=step - 1,
+                disable=not self.run.is_main,
+                dynamic_ncols=True,
+                desc="train",
+            )
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}", s=f"{seconds:.2f}", refresh=False)
         self.bar.update(1)
         if not math.isfinite(row["loss"]):
             raise ValueError(
-                f"the loss is {row['loss']} at step {step}: lower --learning_rate (got {self.cfg.learning_rate}), keep --max_grad_norm at 1.0, "
+                f"the loss is {row['loss']} at step {step}: lower --learning_rate (got {self.cfg.learning_rate}), "
+                "keep --max_grad_norm at 1.0, "
                 "look at the last rows of metrics.jsonl, and resume from the checkpoint before it"
             )
 
@@ -118,14 +126,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """On resume, drop rows after the checkpoint's step, so that the file reads as one straight run; on a fresh start, all of them."""
+    """On resume, drop rows after the checkpoint's step, so that the file reads as one straight run; on a fresh start,
+    all of them."""
     if path.is_file():
         rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """Measured matrix-product rate in FLOP/s (bf16 8192 cubed on a GPU, float32 512 cubed on a CPU): the denominator of MFU."""
+    """Measured matrix-product rate in FLOP/s (bf16 8192 cubed on a GPU, float32 512 cubed on a CPU): what MFU is a
+    share of."""
     on_cuda = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_cuda else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -149,7 +159,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png: loss (smoothed, and held out), learning rate, gradient norm, samples a second, each against the step."""
+    """curves.png: loss (smoothed, and held out), learning rate, gradient norm and samples a second, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +168,7 @@ def draw_curves(folder: Path) -> None:
     rows, held_out = read_rows(folder / "metrics.jsonl"), read_rows(folder / "validation.jsonl")
     steps = [row["step"] for row in rows]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
-    for axis, name in zip(axes.flat, ["loss", "learning_rate", "grad_norm", "samples_per_second"]):
+    for axis, name in zip(axes.flat, ["loss", "learning_rate", "grad_norm", "samples_per_second"], strict=True):
         axis.plot(steps, [row[name] for row in rows], linewidth=0.8, alpha=0.4 if name == "loss" else 1.0)
         axis.set(title=name.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)

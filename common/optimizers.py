@@ -7,8 +7,8 @@
 | flash_adamw | bf16 + 8 master bits, 8-bit moments (flashoptim) | 7, with gradient release 5 |
 | adafactor | bf16 with stochastic rounding, factored moments | 4, with gradient release 2 |
 
-Near 0.02 a bf16 number's spacing is 1.2e-4: an update of 5e-6 rounded to nearest is lost, every time. Each row above keeps it, by masters,
-by extra master bits, or by rounding up with the right probability.
+Near 0.02 a bf16 number's spacing is 1.2e-4: an update of 5e-6 rounded to nearest is lost, every time. Each row above
+keeps it, by masters, by extra master bits, or by rounding up with the right probability.
 """
 
 import math
@@ -21,26 +21,29 @@ BYTES_WITH_RELEASE = {"flash_adamw": 5, "adafactor": 2}
 
 
 def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
-    """Refuse combinations that cannot work, with the reason and the way out. strategy: single, ddp, fsdp2, zero2, zero3."""
+    """Refuse what cannot work, with the reason and the way out. strategy: single, ddp, fsdp2, zero2, zero3."""
     name = cfg.optimizer
     if name == "adamw_8bit" and strategy in ("fsdp2", "zero2", "zero3"):
         raise ValueError(
-            f"optimizer adamw_8bit cannot run under {strategy}: bitsandbytes keeps its 8-bit moments in blocks that do not follow the shards; "
+            f"optimizer adamw_8bit cannot run under {strategy}: bitsandbytes keeps its 8-bit moments in blocks "
+            "that do not follow the shards; "
             "use flash_adamw under fsdp2, adamw under DeepSpeed, or LAUNCH=single or ddp"
         )
     if name in ("flash_adamw", "adafactor") and strategy in ("zero2", "zero3"):
         raise ValueError(
-            f"optimizer {name} cannot run under {strategy}: DeepSpeed flattens parameters into its own fp32 partitions, and {name} keeps its precision "
-            "inside bf16 parameters; use adamw here, or LAUNCH=fsdp2 with flash_adamw"
+            f"optimizer {name} cannot run under {strategy}: DeepSpeed flattens parameters into its own "
+            f"fp32 partitions, and {name} keeps its precision inside bf16 parameters; "
+            "use adamw here, or LAUNCH=fsdp2 with flash_adamw"
         )
     if name == "adafactor" and strategy == "fsdp2":
         raise ValueError(
-            "optimizer adafactor cannot run under fsdp2: its row and column means need the whole matrix and a rank has a slice; "
-            "use flash_adamw, or LAUNCH=single or ddp"
+            "optimizer adafactor cannot run under fsdp2: its row and column means need the whole matrix "
+            "and a rank has a slice; use flash_adamw, or LAUNCH=single or ddp"
         )
     if name == "flash_adamw" and offload:
         raise ValueError(
-            "optimizer flash_adamw runs on the GPU only (Triton kernels) and this launch file offloads to the CPU; use adamw"
+            "optimizer flash_adamw runs on the GPU only (Triton kernels) and this launch file offloads to the CPU; "
+            "use adamw"
         )
     if not cfg.gradient_release:
         return
@@ -49,11 +52,13 @@ def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
         reasons.append(f"optimizer {name} has no per-parameter step (use flash_adamw or adafactor)")
     if cfg.gradient_accumulation_steps > 1:
         reasons.append(
-            f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}: a gradient that is used up inside backward cannot be added to (use 1)"
+            f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}: "
+            "a gradient that is used up inside backward cannot be added to (use 1)"
         )
     if cfg.max_grad_norm > 0:
         reasons.append(
-            f"max_grad_norm is {cfg.max_grad_norm}: the global norm is known only after the updates (use --max_grad_norm 0)"
+            f"max_grad_norm is {cfg.max_grad_norm}: "
+            "the global norm is known only after the updates (use --max_grad_norm 0)"
         )
     if strategy not in ("single", "fsdp2") and world_size > 1:
         reasons.append(f"{strategy} averages gradients after they are complete (use LAUNCH=single or fsdp2)")
@@ -64,7 +69,7 @@ def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
 def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -> torch.optim.Optimizer:
     """The optimizer that `cfg.optimizer` names over the parameters that train. `check_optimizer` has passed before."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    common = dict(lr=cfg.learning_rate, weight_decay=cfg.adam_weight_decay)
+    common = {"lr": cfg.learning_rate, "weight_decay": cfg.adam_weight_decay}
     adam = dict(common, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon)
     on_cuda = torch.cuda.is_available()
     if cfg.optimizer == "adamw" and strategy.startswith("zero") and offload:
@@ -80,7 +85,9 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
     if cfg.optimizer == "flash_adamw":
         from flashoptim import FlashAdamW
 
-        if not on_cuda:  # flashoptim's quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
+        if (
+            not on_cuda
+        ):  # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
             return FlashAdamW(parameters, quantize=False, fused=False, master_weight_bits=None, **adam)
         return FlashAdamW(parameters, master_weight_bits=24, **adam)
     if cfg.optimizer == "adafactor":
@@ -89,15 +96,16 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) without momentum and with a given learning rate, for bf16 weights.
+    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) without momentum, learning rate given, for bf16 weights.
 
-    A matrix's second moment is kept as the means of its rows and columns; its update is clipped to root mean square 1. The new weight is
-    rounded to bf16 stochastically, so that its expected value is the fp32 one. Randomness comes from the weight's device generator.
-    Tensors with more than two axes are treated as (first axis, the rest). On CUDA the update is one compiled kernel a shape.
+    A matrix's second moment is kept as the means of its rows and columns; its update is clipped to root mean square 1.
+    The new weight is rounded to bf16 stochastically, so that its expected value is the fp32 one. Randomness comes from
+    the weight's device generator. Tensors with more than two axes are treated as (first axis, the rest). On CUDA the
+    update is one compiled kernel a shape.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, decay_power: float = 0.8):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, decay_power=decay_power))
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_power": decay_power})
         compiled = torch.cuda.is_available()
         self._update_matrix = torch.compile(_update_matrix, dynamic=False) if compiled else _update_matrix
         self._update_vector = torch.compile(_update_vector, dynamic=False) if compiled else _update_vector
@@ -132,7 +140,10 @@ class Adafactor(torch.optim.Optimizer):
             self._update_vector(weight, grad, state["square"], scalars)
 
     def _device_scalars(self, device: torch.device, group: dict, step: int) -> Tensor:
-        """(3,) float32 on the device: learning rate, 1 - beta2, weight decay factor. A tensor, so that no new value recompiles a kernel."""
+        """(3,) float32 on the device: learning rate, 1 - beta2, weight decay factor.
+
+        A tensor, so that no new value recompiles a kernel.
+        """
         key = (device, group["lr"], group["weight_decay"], step)
         if key not in self._scalars:
             values = [group["lr"], step ** -group["decay_power"], 1 - group["lr"] * group["weight_decay"]]
@@ -140,7 +151,7 @@ class Adafactor(torch.optim.Optimizer):
         return self._scalars[key]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch casts loaded state to the weight's dtype; the means must stay float32, so they are put back as saved."""
+        """torch casts loaded state to the weight's dtype; the means must stay float32, so they go back as saved."""
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
@@ -170,15 +181,18 @@ def _apply_update(weight: Tensor, update: Tensor, scalars: Tensor) -> None:
 
 
 def stochastic_round(values: Tensor) -> Tensor:
-    """Round float32 to a bf16-representable float32, up or down with the probabilities that make the expected value exact: random bits are
-    added below the 16 that bf16 keeps, then those are cut off."""
+    """Round float32 to a bf16-representable float32, up or down with the probabilities that make the expected value
+    exact: random bits are added below the 16 that bf16 keeps, then those are cut off."""
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
     return ((bits + noise) & -(1 << 16)).view(torch.float32)
 
 
 class GradientRelease:
-    """Steps each parameter as soon as its gradient is complete, inside backward, and frees the gradient. Keeps the gradient norm for the log."""
+    """Steps each parameter as soon as its gradient is complete, inside backward, and frees the gradient.
+
+    Keeps the gradient norm for the log.
+    """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         self._square_sum: Tensor | None = None
@@ -206,7 +220,8 @@ class GradientRelease:
         return True
 
     def grad_norm(self, sharded: bool) -> float:
-        """The gradient norm of the last backward, over all shards (a collective call when `sharded`), and a fresh start."""
+        """Gradient norm of the last backward, over all shards (a collective call when `sharded`), and a fresh
+        start."""
         square_sum, self._square_sum = self._square_sum, None
         if sharded:
             torch.distributed.all_reduce(square_sum)

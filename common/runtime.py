@@ -75,9 +75,10 @@ class Run:
 def set_up(cfg, recipe_dir: Path) -> Run:
     """Start the processes' group and the accelerator, from what `accelerate launch` put into the environment.
 
-    FSDP2 is read from the launch file's variables but done by common/sharding.py (accelerate's plugin is inactive on a CPU). Everything
-    that DeepSpeed takes from its own JSON and would silently prefer is written from the config: accumulation, clipping, micro batch.
-    Raises ValueError where the optimizer cannot run under the strategy or the global batch size cannot be divided.
+    FSDP2 is read from the launch file's variables but done by common/sharding.py (accelerate's plugin is inactive on a
+    CPU). Everything that DeepSpeed takes from its own JSON and would silently prefer is written from the config:
+    accumulation, clipping, micro batch. Raises ValueError where the optimizer cannot run under the strategy or the
+    global batch size cannot be divided.
     """
     _handle_signals()
     on_cuda = torch.cuda.is_available()
@@ -85,7 +86,8 @@ def set_up(cfg, recipe_dir: Path) -> Run:
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if uses_deepspeed:
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # a launch file's mixed_precision must not stop accelerate: the config decides
+        # a launch file's mixed_precision must not stop accelerate: the config decides
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         _resolve_deepspeed_config(recipe_dir)
     if (
         "RANK" in os.environ
@@ -99,13 +101,14 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         per_micro_step = cfg.train_batch_size * world_size
         if cfg.global_batch_size % per_micro_step:
             raise ValueError(
-                f"global_batch_size {cfg.global_batch_size} does not divide by train_batch_size {cfg.train_batch_size} x {world_size} processes; "
-                f"use a multiple of {per_micro_step}, another NPROC, or --gradient_accumulation_steps with --global_batch_size 0"
+                f"global_batch_size {cfg.global_batch_size} does not divide by train_batch_size "
+                f"{cfg.train_batch_size} x {world_size} processes; use a multiple of {per_micro_step}, another NPROC, "
+                "or --gradient_accumulation_steps with --global_batch_size 0"
             )
         cfg.gradient_accumulation_steps = cfg.global_batch_size // per_micro_step
     has_fp32_weights = weights_dtype(cfg, uses_deepspeed) == torch.float32
-    # find_unused_parameters: a last block's text branch, for one, gets no gradient. cpu and backend: without them, accelerate sees
-    # "no distribution" on a machine without GPU, and each process silently trains alone.
+    # find_unused_parameters: a last block's text branch, for one, gets no gradient. cpu and backend: without them,
+    # accelerate sees "no distribution" on a machine without GPU, and each process silently trains alone.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if uses_deepspeed and not on_cuda:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -115,7 +118,7 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-kwargs_handlers=handlers,
+        kwargs_handlers=handlers,
         log_with=_trackers(cfg.report_to),
         project_dir=cfg.output_dir,
     )
@@ -160,7 +163,8 @@ def _fill_deepspeed_config(ds: dict, cfg, world_size: int) -> None:
 
 
 def weights_dtype(cfg, uses_deepspeed: bool) -> torch.dtype:
-    """bf16 where precision is kept elsewhere (DeepSpeed's masters, flash_adamw's extra bits, stochastic rounding), fp32 masters otherwise.
+    """bf16 where precision is kept elsewhere (DeepSpeed's masters, flash_adamw's extra bits, stochastic rounding),
+    fp32 masters otherwise.
 
     flash_adamw on a CPU has no extra bits, so its weights are fp32 there.
     """
@@ -171,7 +175,8 @@ def weights_dtype(cfg, uses_deepspeed: bool) -> torch.dtype:
 
 
 def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
-    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's bytes a parameter.
+    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
+    bytes a parameter.
 
     parameters: how many the model has; activations_gib: what the recipe measured for one sample with checkpointing.
     """
@@ -185,13 +190,14 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None
     have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
     if need > have:
         raise ValueError(
-            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU for {parameters / 1e9:.2f}B parameters, "
-            f"this one has {have:.0f}. {MEMORY_LADDER}"
+            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
+            f"for {parameters / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
         )
 
 
 MEMORY_LADDER = (
-    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; --optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
+    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
+    "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
     "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
     "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); LAUNCH=zero3_nvme"
 )
@@ -199,7 +205,8 @@ MEMORY_LADDER = (
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try next."""
+    """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try
+    next."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -215,7 +222,8 @@ def explained_errors() -> Iterator[None]:
 
 
 def on_main(run: Run, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function on the main process and give every process its result; its ValueError is raised on all of them."""
+    """Call a function on the main process and give every process its result; its ValueError is raised on all of
+    them."""
     outcome: list[Any] = [None, None]
     if run.is_main:
         try:
@@ -230,7 +238,8 @@ def on_main(run: Run, function: Callable[..., Result], *arguments: Any) -> Resul
 
 
 def shard(run: Run, model: torch.nn.Module, dtype: torch.dtype, cfg) -> torch.nn.Module:
-    """Apply fully_shard when the strategy is fsdp2 (before weights are loaded); any other model is returned as it is."""
+    """Apply fully_shard when the strategy is fsdp2 (before weights are loaded); any other model is returned as it
+    is."""
     if run.strategy != "fsdp2":
         return model
     compute_dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" and dtype == torch.float32 else None
@@ -242,7 +251,8 @@ def shard(run: Run, model: torch.nn.Module, dtype: torch.dtype, cfg) -> torch.nn
 def prepare(
     run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cfg
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to its hooks."""
+    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
+    its hooks."""
     if cfg.gradient_release:
         run.release = GradientRelease(model, optimizer)
     if run.strategy == "fsdp2":
@@ -251,7 +261,10 @@ def prepare(
 
 
 def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
-    """After the first step: replicas must hold equal weights, shards must be shards. Catches processes that silently train alone."""
+    """After the first step: replicas must hold equal weights, shards must be shards.
+
+    Catches processes that silently train alone.
+    """
     if run.world_size == 1:
         return
     if run.strategy == "fsdp2":
@@ -267,16 +280,22 @@ def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
     checksum = sum(p.detach().double().sum() for p in model.parameters()).reshape(1)
     sums = [torch.empty_like(checksum) for _ in range(run.world_size)]
     torch.distributed.all_gather(sums, checksum)
-    assert all(torch.equal(s, sums[0]) for s in sums), f"after one step the processes hold different weights: checksums {sums}"
+    assert all(torch.equal(s, sums[0]) for s in sums), (
+        f"after one step the processes hold different weights: checksums {sums}"
+    )
 
 
 def seed_step(seed: int, micro_step: int, rank: int) -> None:
-    """Seed torch's generators for one micro-batch (dropout, stochastic rounding): a resumed run draws the same numbers as a straight one."""
+    """Seed torch's generators for one micro-batch (dropout, stochastic rounding): a resumed run draws the same numbers
+    as a straight one."""
     set_seed((seed * 1_000_003 + micro_step * 4_099 + rank) % 2**32)
 
 
 def lr_factor(step: int, cfg) -> float:
-    """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero. No state to save."""
+    """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero.
+
+    No state to save.
+    """
     if step < cfg.lr_warmup_steps:
         return (step + 1) / (cfg.lr_warmup_steps + 1)
     progress = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
@@ -293,7 +312,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clip_gradients(run: Run, model: torch.nn.Module, max_norm: float) -> float:
-    """Clip to a global norm (0: measure only) and return the norm before clipping, over all shards. DeepSpeed has clipped by itself."""
+    """Clip to a global norm (0: measure only) and return the norm before clipping, over all shards.
+
+    DeepSpeed has clipped by itself.
+    """
     if run.strategy.startswith("zero"):
         norm = model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
@@ -317,12 +339,14 @@ def _handle_signals() -> None:
 
 
 def stop_requested() -> bool:
-    """True once any process got SIGTERM, SIGUSR1 or Ctrl-C and all have agreed (in Meter.log): the step is finished, then saved."""
+    """True once any process got SIGTERM, SIGUSR1 or Ctrl-C and all have agreed (in Meter.log): finish the step,
+    save."""
     return stop["agreed"]
 
 
 def _trackers(report_to: str) -> str | None:
-    """The tracker's name for accelerate; wandb goes offline when nobody is logged in, and is left out where it is not installed."""
+    """The tracker's name for accelerate; wandb goes offline when nobody is logged in, and is left out where it is not
+    installed."""
     if report_to == "none":
         return None
     import importlib.util

@@ -1,7 +1,7 @@
 """Drawn scenes of coloured shapes, their captions, and a finder that reads them back from any picture.
 
 Model-free. The tiny datasets are drawn with it, and the tests ask the finder whether a trained model shows what the
-caption says. Boxes are (x0, y0, x1, y1) in pixels, x to the right, y down, x1 and y1 exclusive; sizes are (width, height).
+caption says. Boxes are (x0, y0, x1, y1) in pixels, x right, y down, x1 and y1 exclusive; sizes are (width, height).
 """
 
 import random
@@ -146,8 +146,9 @@ def find_background(image: Image.Image) -> str:
 def find_shapes(image: Image.Image, min_area: float = 0.015, min_score: float = 0.7) -> list[Found]:
     """Finds the objects on a plain background, robust to blur, noise and slightly wrong colours.
 
-    Pixels unlike the rim are grouped into connected components; a component is named by its palette colour (two colours that
-    touch are two objects) and by the shape whose mask has the highest IoU with it, both stretched to one box.
+    Pixels unlike the rim are grouped into connected components; a component is named by its palette colour (two
+    colours that touch are two objects) and by the shape whose mask has the highest IoU with it, both stretched to one
+    box.
 
     Args:
         image: any picture; taken as RGB, and read at 64 pixels on its longer side at least, 128 at most.
@@ -189,7 +190,7 @@ def read_caption(text: str) -> tuple[list[tuple[str, str, str]], str]:
 
 
 def shows(image: Image.Image, text: str, check_place: bool = False) -> bool:
-    """True when the picture holds exactly the objects that the caption names, each in its colour and shape (and place).
+    """True when the picture holds exactly the objects that the caption names, in its colour, shape (and place) each.
 
     A colour that the caption does not name may be any.
     """

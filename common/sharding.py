@@ -1,8 +1,9 @@
-"""FSDP2 by torch's own fully_shard, and weights that reach every strategy without a second copy of the model in memory.
+"""FSDP2 by torch's own fully_shard, and weights that reach every strategy without a second copy of the model.
 
-accelerate's FSDP plugin does nothing on a CPU, so two processes would silently train two models there. fully_shard is the same on CPU (gloo)
-and GPU (nccl): what the tests run is what a GPU runs. Models are built on the meta device (`accelerate.init_empty_weights`), then
-`load_weights` fills each rank's part from safetensors, reading only the bytes that the rank keeps.
+accelerate's FSDP plugin does nothing on a CPU, so two processes would silently train two models there. fully_shard is
+the same on CPU (gloo) and GPU (nccl): what the tests run is what a GPU runs. Models are built on the meta device
+(`accelerate.init_empty_weights`), then `load_weights` fills each rank's part from safetensors, reading only the bytes
+that the rank keeps.
 """
 
 import json
@@ -18,7 +19,10 @@ Reader = Callable[[str, tuple[int, ...], slice], Tensor]  # (name, full shape, r
 
 
 def safetensors_files(folder: str | Path) -> dict[str, Path]:
-    """{tensor name: file} of a diffusers or transformers weight folder, single-file or sharded. ValueError when there are none."""
+    """{tensor name: file} of a diffusers or transformers weight folder, single-file or sharded.
+
+    ValueError when there are none.
+    """
     folder = Path(folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
@@ -31,7 +35,7 @@ def safetensors_files(folder: str | Path) -> dict[str, Path]:
     names = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            names.update({name: file for name in opened.keys()})
+            names.update(dict.fromkeys(opened.keys(), file))
     return names
 
 
@@ -41,7 +45,8 @@ def safetensors_reader(folder: str | Path, expected: set[str]) -> Reader:
     missing, unknown = sorted(expected - set(files)), sorted(set(files) - expected)
     if missing or unknown:
         raise ValueError(
-            f"weights in {folder} do not fit the model: {len(missing)} missing (first {missing[:3]}), {len(unknown)} unknown (first {unknown[:3]})"
+            f"weights in {folder} do not fit the model: {len(missing)} missing (first {missing[:3]}), "
+            f"{len(unknown)} unknown (first {unknown[:3]})"
         )
     opened = {}
 
@@ -60,7 +65,7 @@ def safetensors_reader(folder: str | Path, expected: set[str]) -> Reader:
 
 
 def random_reader(seed: int, device: torch.device, scale: float = 0.02) -> Reader:
-    """A reader that makes weights up, for benchmarks: normal with the given scale, biases zero, one-dimensional weights one."""
+    """A reader that makes weights up, for benchmarks: normal with the given scale, biases zero, 1D weights one."""
     rng = torch.Generator(device).manual_seed(seed)
 
     def read(name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
@@ -75,7 +80,7 @@ def random_reader(seed: int, device: torch.device, scale: float = 0.02) -> Reade
 
 
 def load_weights(model: nn.Module, read: Reader, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill the meta parameters of `model` on `device` in `dtype`; sharded (DTensor) parameters get this rank's rows only."""
+    """Fill the meta parameters of `model` on `device` in `dtype`; sharded (DTensor) ones get this rank's rows only."""
     for name, parameter, module, leaf in _parameters_with_owner(model):
         if hasattr(parameter, "to_local"):
             full = torch.empty_like(parameter, dtype=dtype, device=device)
@@ -89,7 +94,7 @@ def load_weights(model: nn.Module, read: Reader, dtype: torch.dtype, device: tor
 def load_weights_zero3(
     model: nn.Module, read: Reader, dtype: torch.dtype, device: torch.device, ds_config: dict
 ) -> None:
-    """Fill and partition the meta parameters module by module, so that no rank ever holds the whole model (DeepSpeed ZeRO-3)."""
+    """Fill and partition meta parameters module by module: no rank ever holds the whole model (DeepSpeed ZeRO-3)."""
     import deepspeed
 
     children = [child for part in model.children() for child in (part if isinstance(part, nn.ModuleList) else [part])]
@@ -100,7 +105,7 @@ def load_weights_zero3(
             continue
         load_weights(module, _with_prefix(read, names[module]), dtype, device)
         whole = [p for p in module.parameters() if not hasattr(p, "ds_tensor")]
-        if partitioned is None:  # Init allocates swap buffers: once, then its converter is used as DeepSpeed itself uses it
+        if partitioned is None:  # Init allocates swap buffers: once, then its converter is used as DeepSpeed uses it
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config, dtype=dtype)
             partitioned = whole[0]
         else:
@@ -135,27 +140,29 @@ def shard_model(
 ) -> nn.Module:
     """fully_shard every module whose class is named `block_class`, then the root.
 
-    compute_dtype: bf16 for fp32 weights with bf16 compute and fp32 gradient reduction, None when the weights' own dtype is used throughout
-    (bf16 weights give bf16 gradients): either way weight and gradient agree, no bf16/float32 mismatch can occur.
+    compute_dtype: bf16 for fp32 weights with bf16 compute and fp32 gradient reduction, None when the weights' own
+    dtype is used throughout (bf16 weights give bf16 gradients): either way weight and gradient agree, no bf16/float32
+    mismatch can occur.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    settings = dict(
-        mesh=mesh,
-        reshard_after_forward=reshard,
-        mp_policy=MixedPrecisionPolicy(
+    settings = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard,
+        "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
         if compute_dtype
         else MixedPrecisionPolicy(),
-        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
-    )
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+    }
     blocks = [module for module in model.modules() if type(module).__name__ == block_class]
     if not blocks:
         raise ValueError(
-            f"no module of class {block_class!r} to shard; the launch file's fsdp_transformer_layer_cls_to_wrap must name a block of this model"
+            f"no module of class {block_class!r} to shard; "
+            "the launch file's fsdp_transformer_layer_cls_to_wrap must name a block of this model"
         )
     for block in blocks:
         fully_shard(block, **settings)
@@ -182,7 +189,8 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 class Ema:
-    """Exponential moving average of the weights in float32, kept shard by shard beside the weights (4 bytes a parameter over all ranks)."""
+    """Exponential moving average of the weights in float32, kept shard by shard beside the weights (4 bytes a
+    parameter over all ranks)."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -193,7 +201,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Call once after each optimizer step; the decay warms up as (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for shadow, parameter in zip(self.shadow, self.parameters):
+        for shadow, parameter in zip(self.shadow, self.parameters, strict=False):
             shadow.lerp_(local_tensor(parameter).detach().float(), 1 - decay)
 
     @contextmanager
@@ -208,5 +216,5 @@ class Ema:
 
     @torch.no_grad()
     def _copy_in(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self.parameters, tensors):
+        for parameter, tensor in zip(self.parameters, tensors, strict=False):
             local_tensor(parameter).copy_(tensor)

@@ -22,12 +22,21 @@ def parse_size(text: str) -> int:
 
 
 def convert(checkpoint: Path, out: Path, max_shard_bytes: int, safe_serialization: bool = True) -> None:
-    """checkpoint: a checkpoint-N folder (or its deepspeed subfolder's parent) of a zero2 or zero3 run. ValueError when it is none."""
+    """checkpoint: a checkpoint-N folder (or its deepspeed subfolder's parent) of a zero2 or zero3 run.
+
+    ValueError when it is none.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if not (checkpoint / "deepspeed").is_dir():
         raise ValueError(
-            f"{checkpoint} holds no deepspeed/ folder; expected a checkpoint-N folder written under LAUNCH=zero2 or zero3"
+            f"{checkpoint} holds no deepspeed/ folder; "
+            "expected a checkpoint-N folder written under LAUNCH=zero2 or zero3"
+        )
+    if list(checkpoint.glob("nvme_rank*.pt")):
+        raise ValueError(
+            f"{checkpoint} was written under zero3_nvme, whose fp32 weights lie on the NVMe disk; "
+            "use the run's export/ folder, or resume it with --max_train_steps at the checkpoint's step, which exports"
         )
     weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="deepspeed", lazy_mode=True)
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}

@@ -42,7 +42,7 @@ def pipe(tiny):
 def sample(pipe, prompts: list[str]) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     negative = [""] * len(prompts)
-    sizes = dict(height=64, width=64, num_inference_steps=16)
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 16}
     return pipe(prompts, negative_prompt=negative, true_cfg_scale=2.5, generator=generators, **sizes).images
 
 
@@ -84,7 +84,9 @@ def test_text_encoder_is_the_one_that_the_base_was_trained_on(pipe):
         embeds, mask = pipe.encode_prompt(["a red circle", "a blue circle", ""])
     assert embeds.shape == (3, 8, 64) and mask.sum(1).tolist() == [8, 8, 5]
     distance = (embeds[0] - embeds[1]).norm(dim=-1)
-    assert distance[1] > 5 and distance[0] < 1e-3, "the colour's own token differs most, the tokens before it not at all"
+    assert distance[1] > 5 and distance[0] < 1e-3, (
+        "the colour's own token differs most, the tokens before it not at all"
+    )
     expected = torch.tensor(EMBEDDING_OF_RED)
     torch.testing.assert_close(embeds[0, 1, : len(expected)], expected, atol=2e-4, rtol=0)
 
@@ -92,7 +94,12 @@ def test_text_encoder_is_the_one_that_the_base_was_trained_on(pipe):
 def test_scheduler_is_qwens(pipe):
     config = pipe.scheduler.config
     assert config.use_dynamic_shifting and config.shift_terminal == 0.02 and config.time_shift_type == "exponential"
-    assert (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift) == (256, 8192, 0.5, 0.9)
+    assert (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift) == (
+        256,
+        8192,
+        0.5,
+        0.9,
+    )
 
 
 def test_data(make_tiny, tiny):
@@ -102,7 +109,7 @@ def test_data(make_tiny, tiny):
     assert pairs == {(c, s) for c in make_tiny.COLOURS for s in make_tiny.SHAPES} - set(make_tiny.HELD_OUT)
     assert {shapes.read_caption(row["text"])[0][0][:2] for row in held_out} == set(make_tiny.HELD_OUT)
     assert (data / "validation_prompts.txt").read_text().splitlines() == [row["text"] for row in held_out]
-    assert len(set(row["text"] for row in held_out)) == len(held_out) == 10
+    assert len({row["text"] for row in held_out}) == len(held_out) == 10
     for row in held_out + train[::20]:
         assert shapes.shows(Image.open(data / row["file_path"]), row["text"], check_place=True), row
 
@@ -127,7 +134,9 @@ def test_base_draws_shapes_but_no_colours(tiny, pipe):
     prompts = (tiny / "data/validation_prompts.txt").read_text().splitlines()
     pictures = sample(pipe, prompts)
     assert sum(shapes.shows(p, text) for p, text in zip(pictures, prompts, strict=True)) <= 3
-    background = [shapes.find_background(p) == shapes.read_caption(t)[1] for p, t in zip(pictures, prompts, strict=True)]
+    background = [
+        shapes.find_background(p) == shapes.read_caption(t)[1] for p, t in zip(pictures, prompts, strict=True)
+    ]
     assert sum(background) >= 9
     plain = [
         shapes.caption([shapes.Found("grey", shape, shapes.place_box(place, (64, 64), 27))], "white", colours=False)

@@ -41,7 +41,9 @@ def blurred_and_noisy(image: Image.Image) -> Image.Image:
 
 
 def tinted(image: Image.Image) -> Image.Image:
-    return Image.fromarray(np.clip(np.asarray(image, dtype=np.float32) * (0.92, 1.05, 0.9) + 8, 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(np.asarray(image, dtype=np.float32) * (0.92, 1.05, 0.9) + 8, 0, 255).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("change", [lambda image: image, blurred_and_noisy, tinted])

@@ -1,12 +1,12 @@
 """Builds the embedded tiny Qwen-Image: a checkpoint of the real classes and a drawn dataset. Nothing is downloaded.
 
-    python make_tiny.py --output_dir DIR     writes DIR/model and DIR/data in seconds; does nothing when they are up to date
-    python make_tiny.py --pretrain           makes tiny_weights.safetensors (about 4 minutes on a GPU, hours on a CPU)
+    python make_tiny.py --output_dir DIR   writes DIR/model and DIR/data in seconds; nothing when they are up to date
+    python make_tiny.py --pretrain         makes tiny_weights.safetensors (about 4 minutes on a GPU, hours on a CPU)
 
-DIR/model is in diffusers' layout and opens with the unmodified QwenImagePipeline. Its VAE reconstructs 64 x 64 drawings. Its
-transformer knows shapes, places and backgrounds, but draws every object grey, whatever colour the caption names: fine-tuning
-teaches the colours. DIR/data holds captioned pictures (train.json) that leave out some pairs of colour and shape; those make
-the held-out pictures and prompts (validation.json, validation_prompts.txt).
+DIR/model is in diffusers' layout and opens with the unmodified QwenImagePipeline. Its VAE reconstructs 64 x 64
+drawings. Its transformer knows shapes, places and backgrounds, but draws every object grey, whatever colour the
+caption names: fine-tuning teaches the colours. DIR/data holds captioned pictures (train.json) that leave out some
+pairs of colour and shape; those make the held-out pictures and prompts (validation.json, validation_prompts.txt).
 """
 
 import argparse
@@ -23,19 +23,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "common").is_dir())))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers import (  # noqa: E402
+import numpy as np
+import torch
+from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer  # noqa: E402
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from common import shapes  # noqa: E402
+from common import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 64  # pixels; 8 x 8 latents, 16 packed tokens
@@ -66,26 +66,30 @@ CHAT_TEMPLATE = (
 # words that are one token each: the pipeline's prompt template (whose first 34 tokens it drops) and the captions
 FIRST_WORDS = "system user assistant Describe You a an".split()
 WORDS = (
-    "the image by detailing color shape size texture quantity text spatial relationships of objects and background are a "
-    "helpful assistant an on at in left right top bottom centre empty"
+    "the image by detailing color shape size texture quantity text spatial relationships of objects and background "
+    "are a helpful assistant an on at in left right top bottom centre empty"
 ).split() + [*shapes.COLOURS, *shapes.SHAPES, *shapes.BACKGROUNDS]
 
 # Qwen/Qwen-Image's own scheduler config
-SCHEDULER = dict(
-    base_image_seq_len=256,
-    max_image_seq_len=8192,
-    base_shift=0.5,
-    max_shift=0.9,
-    num_train_timesteps=1000,
-    shift=1.0,
-    shift_terminal=0.02,
-    time_shift_type="exponential",
-    use_dynamic_shifting=True,
-)
-VAE = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 5, 6], num_res_blocks=1, temperal_downsample=[False] * 3)
-TRANSFORMER = dict(
-    num_layers=4, attention_head_dim=32, num_attention_heads=3, joint_attention_dim=64, axes_dims_rope=(8, 12, 12)
-)
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 5, 6], "num_res_blocks": 1, "temperal_downsample": [False] * 3}
+TRANSFORMER = {
+    "num_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": (8, 12, 12),
+}
 
 
 # ---- the dataset ----
@@ -144,20 +148,20 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
     """Random and never trained. Every weight is a function of its name, so that it is the same everywhere."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=2048,
-            bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-        ),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64),
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -198,7 +202,7 @@ def build_pipeline(weights: Path | None = WEIGHTS) -> QwenImagePipeline:
 
 
 def temporal_kernels(vae: AutoencoderKLQwenImage) -> dict[str, torch.Tensor]:
-    """Causal 3D kernels: a single image meets only their last slice in time, the others are zero and are not stored."""
+    """Causal 3D kernels: a single image meets only their last slice in time; the others, zero, are not stored."""
     return {name: weight for name, weight in vae.named_parameters() if weight.ndim == 5 and weight.shape[2] > 1}
 
 
@@ -256,7 +260,7 @@ def random_scene(rng: random.Random):
 
 
 def convolve_single_frames(vae: AutoencoderKLQwenImage) -> None:
-    """Lets the causal 3D convolutions compute in 2D, twice as fast: equal as long as there is one frame. Training only."""
+    """For training: causal 3D convolutions compute in 2D, twice as fast, equal as long as there is one frame."""
     for conv in vae.modules():
         if isinstance(conv, torch.nn.Conv3d):
             conv.forward = lambda x, cache_x=None, conv=conv: torch.nn.functional.conv2d(
@@ -267,8 +271,8 @@ def convolve_single_frames(vae: AutoencoderKLQwenImage) -> None:
 def pretrain_vae(vae: AutoencoderKLQwenImage, steps: int, n_pictures: int, batch_size: int, device: str) -> None:
     """Reconstruction (L1 + L2) of random scenes from noisy latents; then measures latents_mean and latents_std.
 
-    The noise, and pictures of any colour beside those of the palette, keep the latents smooth: without them a small error
-    of the transformer turns patches of grey into red.
+    The noise, and pictures of any colour beside those of the palette, keep the latents smooth: without them a small
+    error of the transformer turns patches of grey into red.
     """
     rng = random.Random(SEED)
     pictures = to_tensor([random_scene(rng) for _ in range(n_pictures)]).to(device)  # (N, 3, 1, 64, 64)
@@ -290,7 +294,7 @@ def pretrain_vae(vae: AutoencoderKLQwenImage, steps: int, n_pictures: int, batch
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 250 == 0:
             psnr = -10 * error.square().mean().div(4).log10().item()
             print(f"vae {step}/{steps} loss {loss.item():.4f} psnr {psnr:.1f}", flush=True)
     vae.eval()

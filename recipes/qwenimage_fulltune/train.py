@@ -1,4 +1,5 @@
-"""Full-parameter fine-tuning of Qwen-Image (QwenImageTransformer2DModel), from 2 GPUs' FSDP2 to one 80 GB card. Read it top to bottom.
+"""Full-parameter fine-tuning of Qwen-Image (QwenImageTransformer2DModel), from 2 GPUs to one 80 GB card. Read it top
+to bottom.
 
     bash run.sh                                           the tiny model and drawn data, on any machine
     bash run.sh full --train_data_dir /data/mine          the real model, on the machine that configs/full.yaml names
@@ -35,7 +36,6 @@ from common.cache import EmbeddingCache
 from common.checkpoint import export_weights, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import parse_config, save_config
 from common.data import MicroBatchSampler, advance_segments, make_buckets, make_loader, nearest_bucket
-from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.flow_matching import (
     add_noise,
     draw_normal,
@@ -48,6 +48,7 @@ from common.flow_matching import (
     shift_sigmas,
     velocity_target,
 )
+from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.images import image_to_tensor, resize_and_crop
 from common.manifest import Record, check_records, load_image, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
@@ -86,9 +87,10 @@ class Config:
     output_dir: str = ""
     """where everything is written; outputs/<recipe>/<config> of the repository when empty"""
     cache_dir: str | None = None
-    """where encoded latents and prompts are kept; <output_dir>/embedding_cache when not given; may be shared between runs"""
+    """where encoded latents and prompts are kept, for several runs if wanted; <output_dir>/embedding_cache if not
+    given"""
     on_bad_rows: Literal["error", "skip"] = "error"
-    """what a missing, broken or captionless row does: stop with a list, or be left out and written to bad_rows.jsonl"""
+    """what a missing, broken or captionless row does: stop with a list, or be left out and listed in bad_rows.jsonl"""
     seed: int = 42
     """seed of everything: order, noise, timesteps, held-out rows, validation pictures"""
     launch: str = "single"
@@ -136,7 +138,7 @@ class Config:
     max_grad_norm: float = 1.0
     """global gradient norm to clip to; 0 does not clip"""
     ema_decay: float = 0.0
-    """decay of the averaged weights (0.999 for example), used for validation and export; 0 keeps none; 4 bytes a parameter"""
+    """decay (0.999 for example) of averaged weights for validation and export, 4 bytes a parameter; 0 keeps none"""
     nvme_path: str | None = None
     """fast disk for LAUNCH=zero3_nvme; <output_dir>/nvme when not given"""
 
@@ -168,7 +170,8 @@ class Config:
     export_model: bool = True
     """write export/transformer at the end"""
     validation_steps: int = 100
-    """steps between validations (pictures and held-out loss), and one before the first step and at the end; 0 does none"""
+    """steps between validations (pictures, held-out loss), and one before the first step and at the end; 0 does
+    none"""
     validation_prompts: tuple[str, ...] = ()
     """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt)"""
     num_validation_samples: int = 8
@@ -192,11 +195,13 @@ class Config:
         if self.resolution % 32 or self.resolution <= 0:
             nearest = max(32, round(self.resolution / 32) * 32)
             raise ValueError(
-                f"resolution must be a positive multiple of 32 (VAE 8 x packing 2, twice), got {self.resolution}; use {nearest}"
+                f"resolution must be a positive multiple of 32 (VAE 8 x packing 2, twice), got {self.resolution}; "
+                f"use {nearest}"
             )
         if not self.benchmark and self.train_data_dir is None:
             raise ValueError(
-                "train_data_dir is not set; pass --train_data_dir FOLDER (or run the tiny config, which brings its own)"
+                "train_data_dir is not set; pass --train_data_dir FOLDER "
+                "(or run the tiny config, which brings its own)"
             )
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
             if getattr(self, name) < 1:
@@ -242,7 +247,8 @@ class RandomSamples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """One micro-batch: latents (B, 16, 1, H/8, W/8), prompt embeddings a list of (L, D), and each sample's place in the step."""
+    """One micro-batch: latents (B, 16, 1, H/8, W/8), prompt embeddings a list of (L, D), and each sample's place in
+    the step."""
     batch = {
         name: torch.stack([sample[name] for sample in samples])
         for name in ("latents", "posterior_std")
@@ -285,7 +291,7 @@ class Encoders:
 
     @torch.no_grad()
     def prompt(self, text: str, max_sequence_length: int) -> dict[str, Tensor]:
-        """prompt_embeds (L, D): the pipeline's own template and encoding, its 34 template tokens dropped, no padding."""
+        """prompt_embeds (L, D): the pipeline's own template and encoding, its 34 template tokens dropped, unpadded."""
         prompt_embeds, _ = self.pipeline.encode_prompt(
             [text], device=self.device, max_sequence_length=max_sequence_length
         )
@@ -293,7 +299,8 @@ class Encoders:
 
     @torch.no_grad()
     def image(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
-        """pixels (3, H, W) in [-1, 1] -> latents (16, 1, H/8, W/8), normalised per channel; with moments also the posterior's std."""
+        """pixels (3, H, W) in [-1, 1] -> latents (16, 1, H/8, W/8), normalised per channel; with moments also the
+        posterior's std."""
         posterior = self.vae.encode(pixels[None, :, None].to(self.device)).latent_dist  # of (1, 16, 1, H/8, W/8)
         mean, std = latent_statistics(self.vae)
         encoded = {"latents": ((posterior.mode() - mean) / std)[0].cpu()}
@@ -339,7 +346,8 @@ def encode(
     cache: EmbeddingCache,
     items: dict[str, tuple[Record | str, tuple[int, int] | None]],
 ) -> None:
-    """Encode what the cache lacks of {key: (record, (width, height)) or (prompt, None)}, each process its share; encoders leave memory."""
+    """Encode what the cache lacks of {key: (record, (width, height)) or (prompt, None)}, each process its share;
+    encoders leave memory."""
     missing = on_main(run, cache.missing, list(items))
     if missing:
         encoders = Encoders(folder, run.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
@@ -378,7 +386,8 @@ class Models:
 
 
 def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTransformer2DModel:
-    """The trained model in the strategy's weight dtype, filled shard by shard; random weights of the default (full) size for the benchmark."""
+    """The trained model in the strategy's weight dtype, filled shard by shard; random weights of the default (full)
+    size for the benchmark."""
     weights = Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
     config = QwenImageTransformer2DModel.load_config(weights) if weights else {}
     with init_empty_weights():
@@ -402,7 +411,8 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
 
 
 def forward_flops(config: dict, image_tokens: int, prompt_tokens: int) -> float:
-    """FLOPs of one sample's forward (matrix products and attention, 2 a multiply-add); 73.1e12 at 1024 x 1024 with 256 prompt tokens."""
+    """FLOPs of one sample's forward (matrix products and attention, 2 a multiply-add); 73.1e12 at 1024 x 1024 with 256
+    prompt tokens."""
     width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
     tokens = image_tokens + prompt_tokens
     block = 24 * tokens * width**2 + 4 * tokens**2 * width + 24 * width**2
@@ -425,7 +435,8 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """List of (L, D) -> prompt_embeds (B, max L, D) and mask (B, max L), or None when every token is valid, as the pipeline passes it."""
+    """List of (L, D) -> prompt_embeds (B, max L, D) and mask (B, max L), or None when every token is valid, as the
+    pipeline passes it."""
     longest = max(len(prompt) for prompt in prompts)
     prompt_embeds = torch.stack(
         [torch.nn.functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts]
@@ -437,7 +448,8 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def predict_velocity(models: Models, noisy_latents: Tensor, sigma: Tensor, prompts: list[Tensor]) -> Tensor:
-    """Call the transformer as the pipeline does: noisy_latents (B, 16, 1, H, W), sigma (B,) -> packed velocity_pred (B, S, 64)."""
+    """Call the transformer as the pipeline does: noisy_latents (B, 16, 1, H, W), sigma (B,) -> packed velocity_pred
+    (B, S, 64)."""
     prompt_embeds, prompt_embeds_mask = pad_prompts(
         [prompt.to(noisy_latents.device, models.dtype) for prompt in prompts]
     )
@@ -455,7 +467,10 @@ def predict_velocity(models: Models, noisy_latents: Tensor, sigma: Tensor, promp
 
 
 def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict]:
-    """One micro-batch's loss, and what the meter adds up. Noise, sigma and dropout depend on (seed, step, position) alone."""
+    """One micro-batch's loss, and what the meter adds up.
+
+    Noise, sigma and dropout depend on (seed, step, position) alone.
+    """
     device = models.empty_prompt_embeds.device
     rngs = sample_rngs(cfg.seed, batch["step"], batch["positions"])
     uniform, dropout = draw_uniform(rngs), draw_uniform(rngs)  # (B,), (B,)
@@ -465,7 +480,7 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
         latents = latents + batch["posterior_std"].to(device) * draw_normal(rngs, latents.shape[1:]).to(device)
     prompts = [
         models.empty_prompt_embeds if drop < cfg.caption_dropout else embeds
-        for drop, embeds in zip(dropout, batch["prompt_embeds"])
+        for drop, embeds in zip(dropout, batch["prompt_embeds"], strict=True)
     ]
 
     image_tokens = latents.shape[-2] * latents.shape[-1] // 4
@@ -491,9 +506,11 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
 
 @torch.no_grad()
 def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
-    """Pictures by the unmodified pipeline and the held-out loss at fixed sigmas and noise, with averaged weights where they are kept.
+    """Pictures by the unmodified pipeline and the held-out loss at fixed sigmas and noise, with averaged weights where
+    they are kept.
 
-    Every process calls it and does the same number of forwards: sharded weights are gathered inside forward, so all must be in step.
+    Every process calls it and does the same number of forwards: sharded weights are gathered inside forward, so all
+    must be in step.
     """
     models.transformer.eval()
     with models.ema.applied() if models.ema else torch.no_grad():
@@ -507,7 +524,8 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
 
 
 def held_out_loss(run: Run, models: Models, cfg: Config) -> float | None:
-    """Mean squared error over held-out rows x VALIDATION_SIGMAS, the same noise every time: comparable between steps and runs."""
+    """Mean squared error over held-out rows x VALIDATION_SIGMAS, the same noise every time: comparable between steps
+    and runs."""
     if not models.held_out:
         return None
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
@@ -578,7 +596,8 @@ def save(
 
 
 def export(run: Run, cfg: Config, models: Models) -> None:
-    """export/transformer: bf16 safetensors (averaged weights where they are kept) that QwenImageTransformer2DModel.from_pretrained reads."""
+    """export/transformer: bf16 safetensors (averaged weights where they are kept) that
+    QwenImageTransformer2DModel.from_pretrained reads."""
     files = {"config.json": json.dumps(models.transformer_config, indent=2)}
     with models.ema.applied() if models.ema else torch.no_grad():
         export_weights(run, models.transformer, Path(cfg.output_dir) / "export" / "transformer", files)
@@ -607,20 +626,12 @@ def main(argv: list[str] | None = None) -> None:
         records, held_out = on_main(run, load_records, cfg, cache.known_good())
         prompts = ["", *read_prompts(cfg.validation_prompts)]
         sizes = make_buckets(cfg.resolution)
-        buckets = [
-            nearest_bucket(record.width, record.height, sizes) for record in records + held_out
-        ]  # (width, height)
-        keys = [cache.key(record, bucket) for record, bucket in zip(records + held_out, buckets)]
+        rows = records + held_out
+        buckets = [nearest_bucket(record.width, record.height, sizes) for record in rows]  # (width, height)
+        items = [*zip(rows, buckets, strict=True), *((prompt, None) for prompt in prompts)]
+        keys = [cache.key(record, bucket) for record, bucket in zip(rows, buckets, strict=True)]
         prompt_keys = [cache.key(prompt) for prompt in prompts]
-        encode(
-            cfg,
-            run,
-            folder,
-            cache,
-            dict(
-                zip(keys + prompt_keys, [*zip(records + held_out, buckets), *((prompt, None) for prompt in prompts)])
-            ),
-        )
+        encode(cfg, run, folder, cache, dict(zip(keys + prompt_keys, items, strict=True)))
         run.print(describe_data(records, held_out, buckets))
 
     transformer = load_transformer(cfg, run, folder)
@@ -649,7 +660,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.validation_steps and not cfg.benchmark:
         models.vae = load_vae(folder, run.device, models.dtype)
         models.validation_prompts = [
-            (text, cache[key]["prompt_embeds"]) for text, key in zip(prompts[1:], prompt_keys[1:])
+            (text, cache[key]["prompt_embeds"]) for text, key in zip(prompts[1:], prompt_keys[1:], strict=True)
         ]
         models.held_out = [cache[key] for key in keys[len(records) :]]
 
@@ -658,7 +669,8 @@ def main(argv: list[str] | None = None) -> None:
         state = load_checkpoint(run, resume, model, optimizer, models.ema)
         step, segments = state["step"], state["segments"]
         run.print(
-            f"resumed from {resume} at step {step}; settings changed since: {changed_settings(state['config'], cfg) or 'none'}"
+            f"resumed from {resume} at step {step}; "
+            f"settings changed since: {changed_settings(state['config'], cfg) or 'none'}"
         )
     sampler = MicroBatchSampler(
         bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step
@@ -731,7 +743,8 @@ def changed_settings(saved: dict, cfg: Config) -> str:
 
 def print_next_steps(run: Run, cfg: Config) -> None:
     run.print(
-        f"\ndone. Look at\n  {cfg.output_dir}/validation_images/ (grid.png in each step's folder)\n  {cfg.output_dir}/curves.png\n"
+        f"\ndone. Look at\n  {cfg.output_dir}/validation_images/ (grid.png in each step's folder)\n"
+        f"  {cfg.output_dir}/curves.png\n"
         f'draw from the result:\n  python {RECIPE / "sample.py"} --run {cfg.output_dir} --prompt "..."\n'
         f"train your own:\n  bash {RECIPE / 'run.sh'} full --train_data_dir /data/mine"
     )

@@ -1,0 +1,164 @@
+"""What the tests of every recipe share: loading a recipe's scripts, running it in this process or through `accelerate
+launch`."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.parent for path in (ROOT / "recipes").glob("*/train.py"))
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",  # launched runs are CPU runs on every machine, so that two processes can always start
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "WANDB_MODE": "offline",
+}
+
+
+def load_script(path: Path) -> ModuleType:
+    """A recipe's script as a module, loaded once under a name of its own (every recipe has a train.py)."""
+    name = f"{path.parent.name}_{path.stem}_{abs(hash(path))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run_main(train: ModuleType, argv: Sequence[object], at_step: dict[int, Callable[[], None]] | None = None) -> None:
+    """train.main(argv) in this process, on the CPU, as one process. at_step: what to call while a step is being
+    logged."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from common import metrics, runtime
+
+    log = metrics.Meter.log
+
+    def log_and_call(meter: metrics.Meter, step: int, *arguments: object) -> None:
+        (at_step or {}).get(step, lambda: None)()
+        log(meter, step, *arguments)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    runtime.stop.update(asked=False, agreed=False)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    try:
+        with (
+            mock.patch.object(metrics.Meter, "log", log_and_call),
+            mock.patch.object(torch.cuda, "is_available", lambda: False),
+            mock.patch.dict(os.environ, {**environment, **ENVIRONMENT}, clear=True),
+        ):
+            train.main([str(word) for word in argv])
+    finally:
+        runtime.stop.update(asked=False, agreed=False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+@dataclass
+class Launched:
+    """How a launched run ended."""
+
+    returncode: int
+    output: str
+
+    def check(self) -> "Launched":
+        assert self.returncode == 0, f"exit code {self.returncode}:\n{self.output[-6000:]}"
+        return self
+
+
+def accelerate_command(recipe: Path, launch: str, processes: int, argv: Sequence[object]) -> list[str]:
+    """The command that run.sh ends in."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", recipe / f"accelerate/{launch}.yaml"]
+    words += ["--num_machines", 1, "--machine_rank", 0, "--main_process_port", 0, "--num_processes", processes]
+    return [str(word) for word in (*words, recipe / "train.py", *argv)]
+
+
+def run_command(command: Sequence[object], timeout: float = 600, **environment: str) -> Launched:
+    """Run a command on the CPU, stdout and stderr together; its whole process group is ended when it takes too
+    long."""
+    with start_command(command, **environment) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise AssertionError(f"not done after {timeout} s:\n{output[-6000:]}") from None
+    return Launched(process.returncode, output)
+
+
+def start_command(command: Sequence[object], **environment: str) -> subprocess.Popen:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    variables |= {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def launch(recipe: Path, strategy: str, processes: int, argv: Sequence[object], **environment: str) -> Launched:
+    """Run a recipe through its launch file and wait for it."""
+    return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl or validation.jsonl; path is the file or the run's folder."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def column(path: Path, name: str = "loss", from_step: int = 1) -> dict[int, float]:
+    """{step: value} of a run's metrics.jsonl."""
+    return {row["step"]: row[name] for row in read_rows(path) if row["step"] >= from_step}
+
+
+def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
+    """Largest relative difference of two columns over the steps of both; the steps must be the same."""
+    assert a.keys() == b.keys() and a, (sorted(a), sorted(b))
+    return max(abs(a[step] - b[step]) / abs(b[step]) for step in a)
+
+
+def tracked_files() -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def between(text: str, start: str, end: str) -> str:
+    """What lies between two marker lines, each of which must be there once."""
+    found = re.findall(
+        rf"^[ \t]*{re.escape(start)}[ \t]*\n(.*?)^[ \t]*{re.escape(end)}", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(found) == 1, f"{len(found)} times {start!r} ... {end!r}, expected once"
+    return found[0]
