@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
 from common.manifest import Record
 
@@ -169,3 +170,17 @@ class EmbeddingCache:
     def known_good(self) -> set[str]:
         """Digests of rows whose images were decoded for an entry on disk: check_records need not decode them again."""
         return {digest for key in self._entries if (digest := self._digests.get(key))}
+
+
+class CachedSamples(Dataset):
+    """Entries of a cache as a dataset for MicroBatchSampler; index (sample, step, position), two passed on."""
+
+    def __init__(self, cache: EmbeddingCache, keys: Sequence[str]):
+        self.cache, self.keys = cache, list(keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: tuple[int, int, int]) -> dict:
+        sample, step, position = index
+        return {**self.cache[self.keys[sample]], "step": step, "position": position}

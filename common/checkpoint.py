@@ -22,6 +22,25 @@ STATE_FILE = "trainer_state.json"
 SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
 
 
+def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool) -> None:
+    """Make the folder. ValueError when a new run would mix its files with an earlier one's; `overwrite` deletes
+    them."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = list_checkpoints(folder)
+    if resume is None and earlier and not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds {earlier[-1].name} of an earlier run; go on with "
+            "--resume_from_checkpoint latest, take another --output_dir, "
+            "or delete the earlier run with --overwrite_output_dir"
+        )
+    if resume is None:
+        for path in [*earlier, folder / "validation_images", folder / "export"]:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("checkpoint-*.partial"):
+        shutil.rmtree(path)
+
+
 def save_checkpoint(
     run: Run,
     output_dir: str | Path,

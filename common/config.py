@@ -1,6 +1,7 @@
 """One parser for a recipe's settings: a YAML file becomes flags before the command line's, and the last value wins."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,13 @@ def save_config(cfg: object, path: str | Path) -> None:
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def changed_settings(state: dict, cfg: object) -> str:
+    """What differs between the configuration in a checkpoint's state and this one, for a person to read."""
+    saved, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
+    changed = [f"{name} {saved[name]} -> {now[name]}" for name in now if name in saved and saved[name] != now[name]]
+    return ", ".join(changed) or "none"
 
 
 def config_table(config_class: type) -> str:

@@ -132,12 +132,22 @@ class MicroBatchSampler(Sampler[list[tuple[int, int, int]]]):
         self.rank, self.world_size = rank, world_size
         self.group_size = train_batch_size * gradient_accumulation_steps * world_size
 
+    def segments_at(self, step: int) -> list[list[int]]:
+        """What a checkpoint at `step` saves, and the next sampler is given."""
+        return advance_segments(self.segments, self.group_size, step - self.start_step)
+
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         groups = step_groups(self.bucket_ids, self.seed, [*self.segments, (self.group_size, None)])
         for step, group in enumerate(groups, start=self.start_step):
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
                 yield [(group[place], step, place) for place in range(first, first + self.batch_size)]
+
+
+def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:
+    """How many samples each (width, height) bucket has, for a person to read."""
+    counts = [f"{width} x {height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets))]
+    return "buckets (width x height): " + ", ".join(counts)
 
 
 def _init_worker(worker_id: int) -> None:

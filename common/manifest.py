@@ -15,6 +15,7 @@ from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -301,3 +302,10 @@ def _write_bad_rows(bad: list[Record], output_dir: str | Path | None) -> None:
         rows = [{"file": r.file_path, "row": r.row, "where": r.where, "reason": r.problem} for r in bad]
         half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         half.replace(Path(output_dir, "bad_rows.jsonl"))
+
+
+def hold_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """(rows to train on, held-out rows): `count` of them, at most a tenth, drawn by the seed, in manifest order."""
+    drawn = np.random.RandomState(seed).permutation(len(records))[: min(count, len(records) // 10)]
+    held_out = set(drawn.tolist())
+    return [r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)]

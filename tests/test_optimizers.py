@@ -1,4 +1,5 @@
-"""common/optimizers.py: bf16 weights move as fp32 ones, saved state is exact, gradient release is the plain step, refusals say why."""
+"""common/optimizers.py: bf16 weights move as fp32 ones, saved state is exact, gradient release is the plain step,
+refusals say why."""
 
 import copy
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ def settings(**changes) -> SimpleNamespace:
 
 
 class TwoLayers(nn.Module):
-    """Weights of a transformer's size (about 0.02), a bias, a norm's vector at 1, and a parameter that gets no gradient."""
+    """Weights of a transformer's size (about 0.02), a bias, a norm's vector at 1, and a parameter that gets no
+    gradient."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -92,7 +94,8 @@ def test_adamw_with_mixed_precision_moves_as_fp32():
 
 
 def test_which_weights_are_bf16():
-    """Catches a recipe that loads bf16 weights for an optimizer that needs fp32 masters (and the reverse, twice the memory)."""
+    """Catches a recipe that loads bf16 weights for an optimizer that needs fp32 masters (and the reverse, twice the
+    memory)."""
     from common.runtime import weights_dtype
 
     def dtype(optimizer: str, uses_deepspeed: bool = False, mixed_precision: str = "bf16") -> torch.dtype:
@@ -123,7 +126,8 @@ def test_stochastic_round_is_unbiased():
 
 
 def test_adafactor_follows_its_paper():
-    """Catches an update that is not grad / sqrt(factored second moment), clipped to root mean square 1, and misplaced weight decay."""
+    """Catches an update that is not grad / sqrt(factored second moment), clipped to root mean square 1, and misplaced
+    weight decay."""
     torch.manual_seed(0)
     weight, bias = nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(7))
     optimizer = Adafactor([weight, bias], lr=0.1, weight_decay=0.5)
@@ -175,7 +179,8 @@ def test_adafactor_state_is_exact(dtype, tmp_path):
 
 @pytest.mark.parametrize("name", ["adafactor", "flash_adamw"])
 def test_gradient_release_is_the_plain_step(name):
-    """Catches parameters stepped twice, never, or before their gradient is complete; and a wrong logged gradient norm."""
+    """Catches parameters stepped twice, never, or before their gradient is complete; and a wrong logged gradient
+    norm."""
     start = TwoLayers()
     plain, released = copy.deepcopy(start), copy.deepcopy(start)
     cfg = settings(optimizer=name, learning_rate=1e-3)
@@ -198,7 +203,8 @@ def test_gradient_release_is_the_plain_step(name):
 
 
 def test_flash_adamw_on_a_cpu_is_adamw():
-    """Catches other betas, epsilon or decay than asked for, and quantised state on a CPU, where its kernels do not run."""
+    """Catches other betas, epsilon or decay than asked for, and quantised state on a CPU, where its kernels do not
+    run."""
     if torch.cuda.is_available():
         pytest.skip("with a GPU, flash_adamw is the quantised one")
     start = TwoLayers()
@@ -237,11 +243,11 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
 @pytest.mark.parametrize(
     ("changes", "place", "reason"),
     [
-        (dict(optimizer="adamw_8bit"), ("fsdp2", False, 2), "adamw_8bit cannot run under fsdp2: .*blocks.*LAUNCH=single"),
+        (dict(optimizer="adamw_8bit"), ("fsdp2", False, 2), "adamw_8bit cannot run under fsdp2: .*blocks.*LAUNCH=single",),
         (dict(optimizer="adamw_8bit"), ("zero3", False, 2), "adamw_8bit cannot run under zero3"),
-        (dict(optimizer="flash_adamw"), ("zero2", False, 2), "flash_adamw cannot run under zero2: DeepSpeed flattens.*LAUNCH=fsdp2"),
+        (dict(optimizer="flash_adamw"), ("zero2", False, 2), "flash_adamw cannot run under zero2: DeepSpeed flattens.*LAUNCH=fsdp2",),
         (dict(optimizer="adafactor"), ("zero3", True, 2), "adafactor cannot run under zero3: DeepSpeed flattens"),
-        (dict(optimizer="adafactor"), ("fsdp2", False, 2), "adafactor cannot run under fsdp2: .*whole matrix.*use flash_adamw"),
+        (dict(optimizer="adafactor"), ("fsdp2", False, 2), "adafactor cannot run under fsdp2: .*whole matrix.*use flash_adamw",),
         (dict(optimizer="flash_adamw"), ("fsdp2", True, 2), "flash_adamw runs on the GPU only.*use adamw"),
         (dict(optimizer="adamw", gradient_release=True), ("single", False, 1), "adamw has no per-parameter step"),
         (
@@ -249,7 +255,7 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
             ("single", False, 1),
             "gradient_accumulation_steps is 4: .*use 1",
         ),
-        (dict(gradient_release=True, max_grad_norm=1.0), ("single", False, 1), "max_grad_norm is 1.0: .*max_grad_norm 0"),
+        (dict(gradient_release=True, max_grad_norm=1.0), ("single", False, 1), "max_grad_norm is 1.0: .*max_grad_norm 0",),
         (dict(gradient_release=True), ("ddp", False, 2), "ddp averages gradients after.*LAUNCH=single or fsdp2"),
     ],
 )  # fmt: skip

@@ -31,45 +31,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from common import flow_matching as fm
 from common import runtime
-from common.cache import EmbeddingCache
-from common.checkpoint import export_weights, find_checkpoint, load_checkpoint, save_checkpoint
-from common.config import parse_config, save_config
-from common.data import MicroBatchSampler, advance_segments, make_buckets, make_loader, nearest_bucket
-from common.flow_matching import (
-    add_noise,
-    draw_normal,
-    draw_uniform,
-    flow_matching_loss,
-    loss_weights,
-    resolution_shift,
-    sample_rngs,
-    sample_sigmas,
-    shift_sigmas,
-    velocity_target,
-)
+from common.cache import CachedSamples, EmbeddingCache
+from common.checkpoint import claim_output_dir, export_weights, find_checkpoint, load_checkpoint, save_checkpoint
+from common.config import changed_settings, parse_config, save_config
+from common.data import MicroBatchSampler, data_digest, describe_buckets, make_buckets, make_loader, nearest_bucket
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.images import image_to_tensor, resize_and_crop
-from common.manifest import Record, check_records, load_image, load_manifest
+from common.manifest import Record, check_records, hold_out, load_image, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
 from common.optimizers import build_optimizer
-from common.runtime import (
-    Run,
-    assert_ranks_agree,
-    clip_gradients,
-    lr_factor,
-    on_main,
-    seed_step,
-    set_learning_rate,
-    set_up,
-)
+from common.runtime import Run, assert_ranks_agree, clip_gradients, lr_factor, on_main, seed_step, set_learning_rate
 from common.sharding import Ema, load_weights, load_weights_zero3, random_reader, safetensors_reader
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-ACTIVATIONS_GIB = (
-    3.0  # one 1024 x 1024 sample with checkpointing, measured on an H100: 40.4 GiB in use beside 38.1 of weights
-)
+ACTIVATIONS_GIB = 2.3  # of one 1024 x 1024 sample with checkpointing on an H100: 40.4 in use beside 38.1 of weights
 
 
 @dataclass
@@ -86,6 +64,8 @@ class Config:
     """manifest (JSON, JSONL, parquet, tar shards); found by its usual names in train_data_dir when not given"""
     output_dir: str = ""
     """where everything is written; outputs/<recipe>/<config> of the repository when empty"""
+    overwrite_output_dir: bool = False
+    """delete the checkpoints, pictures and export of an earlier run in output_dir (the embedding cache stays)"""
     cache_dir: str | None = None
     """where encoded latents and prompts are kept, for several runs if wanted; <output_dir>/embedding_cache if not
     given"""
@@ -215,20 +195,6 @@ class Config:
 # ---------------------------------------------------------------- data
 
 
-class EncodedSamples(Dataset):
-    """Encoded rows, read lazily from the cache; index (sample, step, position) as MicroBatchSampler gives it."""
-
-    def __init__(self, cache: EmbeddingCache, keys: list[str]):
-        self.cache, self.keys = cache, keys
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: tuple[int, int, int]) -> dict:
-        sample, step, position = index
-        return {**self.cache[self.keys[sample]], "step": step, "position": position}
-
-
 class RandomSamples(Dataset):
     """Random latents and prompt embeddings of the benchmark's size, in place of encoded data."""
 
@@ -259,17 +225,10 @@ def collate(samples: list[dict]) -> dict:
 
 
 def load_records(cfg: Config, known_good: set[str]) -> tuple[list[Record], list[Record]]:
-    """Checked (training, held-out) rows; the held-out ones are drawn by the seed."""
-    records = check_records(
-        load_manifest(cfg.train_data_dir, cfg.train_data_meta),
-        cfg.train_data_dir,
-        cfg.on_bad_rows,
-        cfg.output_dir,
-        known_good,
-    )
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    held_out = set(order[: min(cfg.num_validation_samples, len(records) // 10)])
-    return [r for i, r in enumerate(records) if i not in held_out], [r for i, r in enumerate(records) if i in held_out]
+    """Checked rows: those to train on, and those held out for the validation loss."""
+    records = load_manifest(cfg.train_data_dir, cfg.train_data_meta)
+    records = check_records(records, cfg.train_data_dir, cfg.on_bad_rows, cfg.output_dir, known_good)
+    return hold_out(records, cfg.num_validation_samples, cfg.seed)
 
 
 # ---------------------------------------------------------------- encoding
@@ -308,12 +267,7 @@ class Encoders:
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLQwenImage:
-    return (
-        AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=dtype)
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
+    return AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 def latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
@@ -379,6 +333,7 @@ class Models:
     scheduler_config: dict
     empty_prompt_embeds: Tensor  # (L, D) of "", for caption dropout and guidance
     dtype: torch.dtype  # what the transformer computes in
+    data_digest: str = ""  # of rows and buckets, to notice on resume that the data changed
     ema: Ema | None = None
     vae: AutoencoderKLQwenImage | None = None
     validation_prompts: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)  # (text, (L, D))
@@ -472,25 +427,25 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     Noise, sigma and dropout depend on (seed, step, position) alone.
     """
     device = models.empty_prompt_embeds.device
-    rngs = sample_rngs(cfg.seed, batch["step"], batch["positions"])
-    uniform, dropout = draw_uniform(rngs), draw_uniform(rngs)  # (B,), (B,)
+    rngs = fm.sample_rngs(cfg.seed, batch["step"], batch["positions"])
+    uniform, dropout = fm.draw_uniform(rngs), fm.draw_uniform(rngs)  # (B,), (B,)
     latents = batch["latents"].to(device)  # (B, 16, 1, H/8, W/8) float32
-    noise = draw_normal(rngs, latents.shape[1:]).to(device)  # (B, 16, 1, H/8, W/8)
+    noise = fm.draw_normal(rngs, latents.shape[1:]).to(device)  # (B, 16, 1, H/8, W/8)
     if "posterior_std" in batch:
-        latents = latents + batch["posterior_std"].to(device) * draw_normal(rngs, latents.shape[1:]).to(device)
+        latents = latents + batch["posterior_std"].to(device) * fm.draw_normal(rngs, latents.shape[1:]).to(device)
     prompts = [
         models.empty_prompt_embeds if drop < cfg.caption_dropout else embeds
         for drop, embeds in zip(dropout, batch["prompt_embeds"], strict=True)
     ]
 
     image_tokens = latents.shape[-2] * latents.shape[-1] // 4
-    shift = cfg.timestep_shift or torch.tensor(resolution_shift(image_tokens, models.scheduler_config)).exp().item()
-    sigma = sample_sigmas(uniform, cfg.timestep_sampling, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
-    sigma = shift_sigmas(sigma, shift).to(device)  # (B,)
+    shift = cfg.timestep_shift or torch.tensor(fm.resolution_shift(image_tokens, models.scheduler_config)).exp().item()
+    sigma = fm.sample_sigmas(uniform, cfg.timestep_sampling, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
+    sigma = fm.shift_sigmas(sigma, shift).to(device)  # (B,)
 
-    velocity_pred = predict_velocity(models, add_noise(latents, noise, sigma), sigma, prompts)  # (B, S, 64)
-    target = pack_latents(velocity_target(latents, noise))  # (B, S, 64)
-    loss = flow_matching_loss(velocity_pred, target, loss_weights(sigma, cfg.loss_weighting))
+    velocity_pred = predict_velocity(models, fm.add_noise(latents, noise, sigma), sigma, prompts)  # (B, S, 64)
+    target = pack_latents(fm.velocity_target(latents, noise))  # (B, S, 64)
+    loss = fm.flow_matching_loss(velocity_pred, target, fm.loss_weights(sigma, cfg.loss_weighting))
     prompt_tokens = max(len(prompt) for prompt in prompts)
     flops = len(latents) * forward_flops(models.transformer_config, image_tokens, prompt_tokens)
     return loss, {
@@ -533,11 +488,13 @@ def held_out_loss(run: Run, models: Models, cfg: Config) -> float | None:
         index = start + run.rank
         row = models.held_out[index % len(models.held_out)]
         latents = row["latents"][None].to(run.device)  # (1, 16, 1, H/8, W/8)
-        noise = draw_normal(sample_rngs(cfg.seed, 0, [index]), latents.shape[1:]).to(run.device)
+        noise = fm.draw_normal(fm.sample_rngs(cfg.seed, 0, [index]), latents.shape[1:]).to(run.device)
         for value in VALIDATION_SIGMAS:
             sigma = torch.full((1,), value, device=run.device)
-            velocity_pred = predict_velocity(models, add_noise(latents, noise, sigma), sigma, [row["prompt_embeds"]])
-            error = (velocity_pred.float() - pack_latents(velocity_target(latents, noise))).pow(2).mean()
+            velocity_pred = predict_velocity(
+                models, fm.add_noise(latents, noise, sigma), sigma, [row["prompt_embeds"]]
+            )
+            error = (velocity_pred.float() - pack_latents(fm.velocity_target(latents, noise))).pow(2).mean()
             if index < len(models.held_out):  # ranks past the end only keep step
                 total += torch.stack([error.double(), torch.ones_like(error).double()])
     if run.world_size > 1:
@@ -586,8 +543,7 @@ def save(
     run: Run, cfg: Config, models: Models, optimizer: torch.optim.Optimizer, sampler: MicroBatchSampler, step: int
 ) -> None:
     """checkpoint-<step> with all that an exact resume needs, and the transformer's config.json for zero_to_bf16."""
-    segments = advance_segments(sampler.segments, sampler.group_size, step - sampler.start_step)
-    state = {"segments": segments, "config": dataclasses.asdict(cfg)}
+    state = {"segments": sampler.segments_at(step), "data": models.data_digest, "config": dataclasses.asdict(cfg)}
     files = {"config.json": json.dumps(models.transformer_config, indent=2)}
     folder = save_checkpoint(
         run, cfg.output_dir, step, models.transformer, optimizer, models.ema, state, cfg.checkpoints_total_limit, files
@@ -609,10 +565,10 @@ def export(run: Run, cfg: Config, models: Models) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(Config, argv)
     resolve_paths(cfg, RECIPE, argv)
-    run = set_up(cfg, RECIPE)
+    run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
-    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     resume = find_checkpoint(cfg.output_dir, cfg.resume_from_checkpoint)
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
 
     if cfg.benchmark:
         folder, scheduler_config = (
@@ -632,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
         keys = [cache.key(record, bucket) for record, bucket in zip(rows, buckets, strict=True)]
         prompt_keys = [cache.key(prompt) for prompt in prompts]
         encode(cfg, run, folder, cache, dict(zip(keys + prompt_keys, items, strict=True)))
-        run.print(describe_data(records, held_out, buckets))
+        run.print(f"{len(records)} rows to train on, {len(held_out)} held out; {describe_buckets(buckets)}")
 
     transformer = load_transformer(cfg, run, folder)
     transformer_config = json.loads(transformer.to_json_string())
@@ -640,7 +596,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset, bucket_ids = RandomSamples(cfg, transformer_config["joint_attention_dim"]), [0] * 64
         empty_prompt_embeds = torch.randn(8, transformer_config["joint_attention_dim"])
     else:
-        dataset, bucket_ids = EncodedSamples(cache, keys[: len(records)]), buckets[: len(records)]
+        dataset, bucket_ids = CachedSamples(cache, keys[: len(records)]), buckets[: len(records)]
         empty_prompt_embeds = cache[prompt_keys[0]]["prompt_embeds"]
     if cfg.num_train_epochs:
         cfg.max_train_steps = -(
@@ -657,6 +613,8 @@ def main(argv: list[str] | None = None) -> None:
         dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32,
         ema=Ema(transformer, cfg.ema_decay) if cfg.ema_decay else None,
     )
+    if not cfg.benchmark:
+        models.data_digest = data_digest(records, bucket_ids)
     if cfg.validation_steps and not cfg.benchmark:
         models.vae = load_vae(folder, run.device, models.dtype)
         models.validation_prompts = [
@@ -668,10 +626,9 @@ def main(argv: list[str] | None = None) -> None:
     if resume:
         state = load_checkpoint(run, resume, model, optimizer, models.ema)
         step, segments = state["step"], state["segments"]
-        run.print(
-            f"resumed from {resume} at step {step}; "
-            f"settings changed since: {changed_settings(state['config'], cfg) or 'none'}"
-        )
+        run.print(f"resumed from {resume} at step {step}; settings changed since: {changed_settings(state, cfg)}")
+        if state["data"] != models.data_digest:
+            run.print("the data changed since that checkpoint: the order of samples is not a continuation of it")
     sampler = MicroBatchSampler(
         bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step
     )
@@ -725,20 +682,6 @@ def main(argv: list[str] | None = None) -> None:
             export(run, cfg, models)
         print_next_steps(run, cfg)
     accelerator.end_training()  # ends the processes' group too: nothing collective may follow
-
-
-def describe_data(records: list[Record], held_out: list[Record], buckets: list[tuple[int, int]]) -> str:
-    counts = ", ".join(
-        f"{width} x {height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets))
-    )
-    return f"{len(records)} rows to train on, {len(held_out)} held out; buckets (width x height): {counts}"
-
-
-def changed_settings(saved: dict, cfg: Config) -> str:
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    return ", ".join(
-        f"{name} {saved[name]} -> {now[name]}" for name in now if name in saved and saved[name] != now[name]
-    )
 
 
 def print_next_steps(run: Run, cfg: Config) -> None:

@@ -1,0 +1,106 @@
+"""A transformer trained by the recipe's compute_loss on two pictures draws them from pure noise through the unmodified
+pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
+
+from common import shapes
+
+WIDTH, HEIGHT = 96, 64
+SCENES = {  # two, so that a prompt that says nothing to the transformer fails
+    "a red circle on the left, on a white background": ("red", "circle", "on the left", "white"),
+    "a blue cross on the right, on a black background": ("blue", "cross", "on the right", "black"),
+}
+STEPS, BATCH = 240, 8
+
+
+@pytest.fixture(scope="module")
+def trained(train, model_folder):
+    """The pipeline with the overfitted transformer, and each picture's normalised latents, encoded by diffusers' own
+    means."""
+    torch.manual_seed(0)
+    sizes = dict(num_layers=2, attention_head_dim=32, num_attention_heads=4, axes_dims_rope=(8, 12, 12))
+    transformer = QwenImageTransformer2DModel(joint_attention_dim=64, **sizes)
+    pipeline = QwenImagePipeline.from_pretrained(model_folder, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
+    models = train.Models(
+        transformer=transformer,
+        transformer_config=json.loads(transformer.to_json_string()),
+        scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
+        empty_prompt_embeds=encoders.prompt("", 512)["prompt_embeds"],
+        dtype=torch.float32,
+    )
+    samples, expected = [], {}
+    mean, std = (
+        torch.tensor(pipeline.vae.config[name]).view(1, 16, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    for text, (colour, shape, place, background) in SCENES.items():
+        box = shapes.place_box(place, (WIDTH, HEIGHT), 36)
+        image = shapes.draw([shapes.Found(colour, shape, box)], background, (WIDTH, HEIGHT))
+        pixels = train.image_to_tensor(image)
+        samples.append({**encoders.prompt(text, 512), **encoders.image(pixels, moments=False)})
+        with torch.no_grad():
+            latents = pipeline.vae.encode(pipeline.image_processor.preprocess(image)[:, :, None]).latent_dist.mode()
+        expected[text] = (latents - mean) / std  # (1, 16, 1, H/8, W/8)
+    cfg = train.Config(train_data_dir="unused", caption_dropout=0.0, timestep_sampling="uniform")
+    optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
+    import time; t0=time.time()
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
+        rows = [{**samples[position % 2], "step": step, "position": position} for position in range(BATCH)]
+        loss, _ = train.compute_loss(models, train.collate(rows), cfg)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"seconds {time.time()-t0} last loss {loss.item():.4f}")
+    return pipeline, expected
+
+
+def draw(pipeline, text: str, seed: int, output_type: str):
+    return pipeline(
+        prompt=[text],
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=20,
+        true_cfg_scale=1.0,
+        generator=torch.Generator().manual_seed(seed),
+        output_type=output_type,
+    ).images[0]
+
+
+@pytest.mark.parametrize("text", SCENES)
+def test_pictures_come_back_from_noise(trained, text):
+    """Catches a wrong sign, scale, packing, template, timestep or normalisation anywhere between training and
+    sampling."""
+    pipeline, expected = trained
+    for seed in (0, 1):
+        packed = draw(pipeline, text, seed, "latent")[None]
+        latents = pipeline._unpack_latents(packed, HEIGHT, WIDTH, pipeline.vae_scale_factor)
+        error = (latents - expected[text]).norm() / expected[text].norm()
+        other = next(value for key, value in expected.items() if key != text)
+        print(
+            f"{text}: relative error {error:.3f}, to the other picture {(latents - other).norm() / other.norm():.3f}"
+        )
+        assert error < 0.3
+
+
+def test_decoded_picture_is_the_vaes_reconstruction(trained):
+    """Catches latents that are normalised in training otherwise than the pipeline undoes it."""
+    pipeline, expected = trained
+    text = next(iter(SCENES))
+    mean, std = (
+        torch.tensor(pipeline.vae.config[name]).view(1, 16, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    with torch.no_grad():
+        reconstruction = pipeline.vae.decode(expected[text] * std + mean).sample[0, :, 0]
+    drawn = draw(pipeline, text, 0, "pt")
+    assert isinstance(draw(pipeline, text, 0, "pil"), Image.Image)
+    reference = (reconstruction / 2 + 0.5).clamp(0, 1)
+    spread = (reference - reference.mean()).norm()
+    assert (drawn - reference).norm() < 0.5 * spread
