@@ -7,19 +7,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from common import nvme
+from common.export import SHARD_BYTES, write_shards
 from common.runtime import Run
-from common.sharding import Ema, full_tensor, safetensors_reader
+from common.sharding import Ema, safetensors_reader
 
 STATE_FILE = "trainer_state.json"
-SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
 
 
 def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool) -> None:
@@ -71,7 +69,7 @@ def save_checkpoint(
     elif run.strategy == "fsdp2":
         _save_fsdp2(run, partial, model, optimizer)
     elif run.is_main:
-        weights = _unwrap(run, model).state_dict()
+        weights = run.unwrap(model).state_dict()
         (partial / "model").mkdir()
         sizes = {name: tensor.nbytes for name, tensor in weights.items()}
         write_shards(iter(weights.items()), sizes, partial / "model", SHARD_BYTES)
@@ -125,7 +123,7 @@ def load_checkpoint(
     elif run.strategy == "fsdp2":
         _load_fsdp2(run, folder, model, optimizer)
     else:
-        _load_replicated(_unwrap(run, model), folder / "model")
+        _load_replicated(run.unwrap(model), folder / "model")
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False))
     if ema is not None:
         file = folder / f"ema_rank{run.rank if run.sharded else 0}.pt"
@@ -210,10 +208,6 @@ def _local_state(optimizer: torch.optim.Optimizer) -> dict:
     return state_dict
 
 
-def _unwrap(run: Run, model: nn.Module) -> nn.Module:
-    return run.accelerator.unwrap_model(model)
-
-
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest step first."""
     found = [
@@ -242,87 +236,3 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
         f"resume_from_checkpoint {resume!r} is no complete checkpoint; "
         f"in {output_dir} there are: {names}. Or say latest"
     )
-
-
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and persistent buffer, whole, one at a time (a collective call for sharded models)."""
-    for name, parameter in model.named_parameters():
-        yield name, full_tensor(parameter)
-    persistent = set(model.state_dict().keys()) if next(model.buffers(), None) is not None else set()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            yield name, buffer
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def export_weights(
-    run: Run, model: nn.Module, folder: str | Path, files: dict[str, str], max_shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write the weights as bf16 safetensors in diffusers' layout, shard by shard, so that memory holds one shard;
-    `files` are added ({"config.json": ...})."""
-    module = _unwrap(run, model) if run.strategy != "fsdp2" else model
-    sizes = {name: 2 * torch.Size(full_shape(p)).numel() for name, p in module.named_parameters()}
-    sizes |= {name: 2 * b.numel() for name, b in module.named_buffers()}
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    if run.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    weights = (
-        (name, tensor.to("cpu", torch.bfloat16) if run.is_main else None) for name, tensor in full_weights(module)
-    )
-    write_shards(weights, sizes, partial, max_shard_bytes, write=run.is_main)
-    run.barrier()
-    if run.is_main:
-        for name, text in files.items():
-            (partial / name).write_text(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    run.barrier()
-
-
-def write_shards(
-    weights: Iterator[tuple[str, Tensor | None]],
-    sizes: dict[str, int],
-    folder: Path,
-    max_shard_bytes: int,
-    write: bool = True,
-) -> None:
-    """Split tensors into files of at most max_shard_bytes (a larger tensor gets its own), with diffusers' names and
-    index.
-
-    sizes: {name: bytes} in the iterator's order, known beforehand because the file names hold the number of files.
-    """
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > max_shard_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(groups, start=1):
-        single = len(groups) == 1
-        file = (
-            "diffusion_pytorch_model.safetensors"
-            if single
-            else f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
-        )
-        tensors = dict(next(weights) for _ in names)
-        assert list(tensors) == names, "weights and sizes must come in the same order"
-        if write:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                folder / file,
-                metadata={"format": "pt"},
-            )
-        weight_map.update(dict.fromkeys(names, file))
-    if write and len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps(index, indent=1, sort_keys=True)
-        )

@@ -1,11 +1,8 @@
 """The run around a recipe's loop: processes and strategy, learning rate, seeds, clipping, signals, errors."""
 
-import contextlib
-import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE, GradientRelease, check_optimizer
+from common.optimizers import GradientRelease, check_optimizer
 from common.sharding import shard_model
 
 Result = TypeVar("Result")
@@ -66,6 +63,10 @@ class Run:
     def progress(self, items: Sequence, title: str) -> Iterator:
         """A progress bar on the main process."""
         return iter(tqdm(items, title, disable=not self.is_main, dynamic_ncols=True))
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The bare model inside what the strategy wraps around it."""
+        return model if self.strategy == "fsdp2" else self.accelerator.unwrap_model(model)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -174,53 +175,6 @@ def weights_dtype(cfg, uses_deepspeed: bool) -> torch.dtype:
     return torch.bfloat16 if uses_deepspeed or keeps_precision else torch.float32
 
 
-def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
-    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
-    bytes a parameter.
-
-    parameters: how many the model has; activations_gib: what the recipe measured for one sample with checkpointing.
-    """
-    if run.device.type != "cuda":
-        return
-    per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
-    if run.offload:
-        per_parameter = 2 if run.strategy == "zero2" else 0
-    shards = run.world_size if run.sharded else 1
-    need = per_parameter * parameters / shards / 2**30 + activations_gib
-    have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
-    if need > have:
-        raise ValueError(
-            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
-            f"for {parameters / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
-        )
-
-
-MEMORY_LADDER = (
-    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
-    "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
-    "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
-    "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); LAUNCH=zero3_nvme"
-)
-
-
-@contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
-    """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try
-    next."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} {MEMORY_LADDER}")
-    except ValueError as error:
-        repository = str(Path(__file__).resolve().parents[1])
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not raised_in.startswith(repository) or "site-packages" in raised_in:
-            raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def on_main(run: Run, function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function on the main process and give every process its result; its ValueError is raised on all of
     them."""
@@ -258,74 +212,6 @@ def prepare(
     if run.strategy == "fsdp2":
         return model, run.accelerator.prepare(optimizer)
     return run.accelerator.prepare(model, optimizer)
-
-
-def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
-    """After the first step: replicas must hold equal weights, shards must be shards.
-
-    Catches processes that silently train alone.
-    """
-    if run.world_size == 1:
-        return
-    if run.strategy == "fsdp2":
-        assert all(hasattr(p, "device_mesh") for p in model.parameters()), (
-            "fsdp2 was asked for, but parameters are not sharded"
-        )
-        return
-    if run.strategy == "zero3":
-        assert all(hasattr(p, "ds_tensor") for p in model.parameters()), (
-            "ZeRO-3 was asked for, but parameters are not partitioned"
-        )
-        return
-    checksum = sum(p.detach().double().sum() for p in model.parameters()).reshape(1)
-    sums = [torch.empty_like(checksum) for _ in range(run.world_size)]
-    torch.distributed.all_gather(sums, checksum)
-    assert all(torch.equal(s, sums[0]) for s in sums), (
-        f"after one step the processes hold different weights: checksums {sums}"
-    )
-
-
-def seed_step(seed: int, micro_step: int, rank: int) -> None:
-    """Seed torch's generators for one micro-batch (dropout, stochastic rounding): a resumed run draws the same numbers
-    as a straight one."""
-    set_seed((seed * 1_000_003 + micro_step * 4_099 + rank) % 2**32)
-
-
-def lr_factor(step: int, cfg) -> float:
-    """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero.
-
-    No state to save.
-    """
-    if step < cfg.lr_warmup_steps:
-        return (step + 1) / (cfg.lr_warmup_steps + 1)
-    progress = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
-    if cfg.lr_scheduler == "linear":
-        return max(0.0, 1 - progress)
-    if cfg.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return 1.0
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def clip_gradients(run: Run, model: torch.nn.Module, max_norm: float) -> float:
-    """Clip to a global norm (0: measure only) and return the norm before clipping, over all shards.
-
-    DeepSpeed has clipped by itself.
-    """
-    if run.strategy.startswith("zero"):
-        norm = model.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
-    if run.release is not None:
-        return run.release.grad_norm(sharded=run.strategy == "fsdp2")
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, max_norm if max_norm > 0 else math.inf, foreach=None if run.offload else True
-    )
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _handle_signals() -> None:

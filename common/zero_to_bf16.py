@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import write_shards
+from common.export import write_shards
+from common.limits import explained_errors
 
 
 def parse_size(text: str) -> int:
@@ -73,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explained_errors():
+        main()

@@ -34,16 +34,19 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from common import flow_matching as fm
 from common import runtime
 from common.cache import CachedSamples, EmbeddingCache
-from common.checkpoint import claim_output_dir, export_weights, find_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import claim_output_dir, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import changed_settings, parse_config, save_config
 from common.data import MicroBatchSampler, data_digest, describe_buckets, make_buckets, make_loader, nearest_bucket
+from common.export import export_weights
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.images import image_to_tensor, resize_and_crop
+from common.limits import check_disk, check_memory, explained_errors
 from common.manifest import Record, check_records, hold_out, load_image, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
 from common.optimizers import build_optimizer
-from common.runtime import Run, assert_ranks_agree, clip_gradients, lr_factor, on_main, seed_step, set_learning_rate
+from common.runtime import Run, on_main
 from common.sharding import Ema, load_weights, load_weights_zero3, random_reader, safetensors_reader
+from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -348,7 +351,9 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
     with init_empty_weights():
         transformer = QwenImageTransformer2DModel.from_config(config)
     dtype = runtime.weights_dtype(cfg, run.strategy.startswith("zero"))
-    runtime.check_memory(run, cfg, sum(p.numel() for p in transformer.parameters()), ACTIVATIONS_GIB)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    check_memory(run, cfg, parameters, ACTIVATIONS_GIB)
+    check_disk(run, cfg, parameters)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if cfg.compile:
@@ -506,7 +511,7 @@ def draw_validation_images(run: Run, cfg: Config, models: Models, folder: Path) 
     """Process r draws prompts r, r + world size, ...; the main process then joins them into grid.png."""
     folder.mkdir(parents=True, exist_ok=True)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(models.scheduler_config)
-    transformer = run.accelerator.unwrap_model(models.transformer) if run.strategy != "fsdp2" else models.transformer
+    transformer = run.unwrap(models.transformer)
     pipeline = QwenImagePipeline(
         scheduler=scheduler, vae=models.vae, text_encoder=None, tokenizer=None, transformer=transformer
     )
@@ -694,5 +699,5 @@ def print_next_steps(run: Run, cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.explained_errors():
+    with explained_errors():
         main()

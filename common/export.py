@@ -1,0 +1,100 @@
+"""Weights to bf16 safetensors in diffusers' layout, shard by shard. Every function is called on every process."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.runtime import Run
+from common.sharding import full_tensor
+
+SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer, whole, one at a time (a collective call for sharded models)."""
+    for name, parameter in model.named_parameters():
+        yield name, full_tensor(parameter)
+    persistent = set(model.state_dict().keys()) if next(model.buffers(), None) is not None else set()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def export_weights(
+    run: Run, model: nn.Module, folder: str | Path, files: dict[str, str], max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the weights as bf16 safetensors in diffusers' layout, shard by shard, so that memory holds one shard;
+    `files` are added ({"config.json": ...})."""
+    module = run.unwrap(model)
+    sizes = {name: 2 * torch.Size(full_shape(p)).numel() for name, p in module.named_parameters()}
+    sizes |= {name: 2 * b.numel() for name, b in module.named_buffers()}
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    if run.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    weights = (
+        (name, tensor.to("cpu", torch.bfloat16) if run.is_main else None) for name, tensor in full_weights(module)
+    )
+    write_shards(weights, sizes, partial, max_shard_bytes, write=run.is_main)
+    run.barrier()
+    if run.is_main:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    run.barrier()
+
+
+def write_shards(
+    weights: Iterator[tuple[str, Tensor | None]],
+    sizes: dict[str, int],
+    folder: Path,
+    max_shard_bytes: int,
+    write: bool = True,
+) -> None:
+    """Split tensors into files of at most max_shard_bytes (a larger tensor gets its own), with diffusers' names and
+    index.
+
+    sizes: {name: bytes} in the iterator's order, known beforehand because the file names hold the number of files.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        single = len(groups) == 1
+        file = (
+            "diffusion_pytorch_model.safetensors"
+            if single
+            else f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        tensors = dict(next(weights) for _ in names)
+        assert list(tensors) == names, "weights and sizes must come in the same order"
+        if write:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                folder / file,
+                metadata={"format": "pt"},
+            )
+        weight_map.update(dict.fromkeys(names, file))
+    if write and len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1, sort_keys=True)
+        )

@@ -1,0 +1,84 @@
+"""What a machine cannot hold, and what a user did wrong, said in one sentence before or instead of a traceback."""
+
+import contextlib
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
+from common.runtime import Run
+
+CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}  # a parameter
+    "adamw": 12,
+    "adamw_8bit": 6,
+    "flash_adamw": 6,
+    "adafactor": 2,
+}  # a parameter; measured in the tests' folders
+
+
+def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
+    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
+    bytes a parameter.
+
+    parameters: how many the model has; activations_gib: what the recipe measured for one sample with checkpointing.
+    """
+    if run.device.type != "cuda":
+        return
+    per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
+    if run.offload:
+        per_parameter = 2 if run.strategy == "zero2" else 0
+    shards = run.world_size if run.sharded else 1
+    need = per_parameter * parameters / shards / 2**30 + activations_gib
+    have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+    if need > have:
+        raise ValueError(
+            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
+            f"for {parameters / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
+        )
+
+
+MEMORY_LADDER = (
+    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
+    "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
+    "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
+    "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); LAUNCH=zero3_nvme"
+)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try
+    next."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} {MEMORY_LADDER}")
+    except ValueError as error:
+        repository = str(Path(__file__).resolve().parents[1])
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not raised_in.startswith(repository) or "site-packages" in raised_in:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_disk(run: Run, cfg, parameters: int) -> None:
+    """Say at the start, not at the first save, that the disk of output_dir will not hold what is saved."""
+    if not (run.is_main and cfg.checkpointing_steps):
+        return
+    size = (CHECKPOINT_BYTES[cfg.optimizer] + (2 if run.strategy.startswith("zero") else 0)) * parameters
+    copies = (cfg.checkpoints_total_limit or 1) + 1  # a new one is complete before the oldest goes
+    need = (copies * size + (2 * parameters if cfg.export_model else 0)) / 1e9
+    free = shutil.disk_usage(cfg.output_dir).free / 1e9
+    if need > free:
+        run.print(
+            f"warning: {copies} checkpoints of {size / 1e9:.0f} GB and the export need about {need:.0f} GB, and "
+            f"{cfg.output_dir} has {free:.0f} GB free; choose another --output_dir, a smaller --checkpoints_total_limit, "
+            "or a larger --checkpointing_steps"
+        )
