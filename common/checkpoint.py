@@ -131,7 +131,7 @@ def load_checkpoint(
             raise ValueError(
                 f"{folder} has no averaged weights; resume with --ema_decay 0 as it was saved, or start anew"
             )
-        ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow, strict=False)]
+        ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow)]
     return state
 
 

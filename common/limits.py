@@ -14,11 +14,6 @@ from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
 from common.runtime import Run
 
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}  # a parameter
-    "adamw": 12,
-    "adamw_8bit": 6,
-    "flash_adamw": 6,
-    "adafactor": 2,
-}  # a parameter; measured in the tests' folders
 
 
 def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
@@ -79,6 +74,6 @@ def check_disk(run: Run, cfg, parameters: int) -> None:
     if need > free:
         run.print(
             f"warning: {copies} checkpoints of {size / 1e9:.0f} GB and the export need about {need:.0f} GB, and "
-            f"{cfg.output_dir} has {free:.0f} GB free; choose another --output_dir, a smaller --checkpoints_total_limit, "
+            f"{cfg.output_dir} has {free:.0f} GB free; take another --output_dir, a smaller --checkpoints_total_limit "
             "or a larger --checkpointing_steps"
         )

@@ -201,7 +201,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Call once after each optimizer step; the decay warms up as (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for shadow, parameter in zip(self.shadow, self.parameters, strict=False):
+        for shadow, parameter in zip(self.shadow, self.parameters):
             shadow.lerp_(local_tensor(parameter).detach().float(), 1 - decay)
 
     @contextmanager
@@ -216,5 +216,5 @@ class Ema:
 
     @torch.no_grad()
     def _copy_in(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self.parameters, tensors, strict=False):
+        for parameter, tensor in zip(self.parameters, tensors):
             local_tensor(parameter).copy_(tensor)

@@ -243,11 +243,14 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
 @pytest.mark.parametrize(
     ("changes", "place", "reason"),
     [
-        (dict(optimizer="adamw_8bit"), ("fsdp2", False, 2), "adamw_8bit cannot run under fsdp2: .*blocks.*LAUNCH=single",),
+        (dict(optimizer="adamw_8bit"), ("fsdp2", False, 2),
+         "adamw_8bit cannot run under fsdp2: .*blocks.*LAUNCH=single"),
         (dict(optimizer="adamw_8bit"), ("zero3", False, 2), "adamw_8bit cannot run under zero3"),
-        (dict(optimizer="flash_adamw"), ("zero2", False, 2), "flash_adamw cannot run under zero2: DeepSpeed flattens.*LAUNCH=fsdp2",),
+        (dict(optimizer="flash_adamw"), ("zero2", False, 2),
+         "flash_adamw cannot run under zero2: DeepSpeed flattens.*LAUNCH=fsdp2"),
         (dict(optimizer="adafactor"), ("zero3", True, 2), "adafactor cannot run under zero3: DeepSpeed flattens"),
-        (dict(optimizer="adafactor"), ("fsdp2", False, 2), "adafactor cannot run under fsdp2: .*whole matrix.*use flash_adamw",),
+        (dict(optimizer="adafactor"), ("fsdp2", False, 2),
+         "adafactor cannot run under fsdp2: .*whole matrix.*use flash_adamw"),
         (dict(optimizer="flash_adamw"), ("fsdp2", True, 2), "flash_adamw runs on the GPU only.*use adamw"),
         (dict(optimizer="adamw", gradient_release=True), ("single", False, 1), "adamw has no per-parameter step"),
         (
@@ -255,7 +258,8 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
             ("single", False, 1),
             "gradient_accumulation_steps is 4: .*use 1",
         ),
-        (dict(gradient_release=True, max_grad_norm=1.0), ("single", False, 1), "max_grad_norm is 1.0: .*max_grad_norm 0",),
+        (dict(gradient_release=True, max_grad_norm=1.0), ("single", False, 1),
+         "max_grad_norm is 1.0: .*max_grad_norm 0"),
         (dict(gradient_release=True), ("ddp", False, 2), "ddp averages gradients after.*LAUNCH=single or fsdp2"),
     ],
 )  # fmt: skip
@@ -267,7 +271,7 @@ def test_refusals_name_their_reason(changes, place, reason):
 
 def test_a_refusal_lists_every_reason_and_good_ones_pass():
     """Catches one reason at a time (a user who fixes three things in three runs), and refusals of what works."""
-    with pytest.raises(ValueError, match="per-parameter step.*accumulation.*global norm.*averages gradients"):
+    with pytest.raises(ValueError, match=r"per-parameter step.*accumulation.*global norm.*averages gradients"):
         bad = settings(optimizer="adamw", gradient_release=True, gradient_accumulation_steps=2, max_grad_norm=1.0)
         check_optimizer(bad, "ddp", False, 2)
     for optimizer, strategy, offload in [

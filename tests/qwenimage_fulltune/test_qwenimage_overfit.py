@@ -15,7 +15,7 @@ SCENES = {  # two, so that a prompt that says nothing to the transformer fails
     "a red circle on the left, on a white background": ("red", "circle", "on the left", "white"),
     "a blue cross on the right, on a black background": ("blue", "cross", "on the right", "black"),
 }
-STEPS, BATCH = 240, 8
+STEPS, BATCH = 24, 8
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def trained(train, model_folder):
         expected[text] = (latents - mean) / std  # (1, 16, 1, H/8, W/8)
     cfg = train.Config(train_data_dir="unused", caption_dropout=0.0, timestep_sampling="uniform")
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
-    import time; t0=time.time()
+    import time
+
+    t0 = time.time()
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
         rows = [{**samples[position % 2], "step": step, "position": position} for position in range(BATCH)]
@@ -58,7 +60,7 @@ def trained(train, model_folder):
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"seconds {time.time()-t0} last loss {loss.item():.4f}")
+    print(f"seconds {time.time() - t0} last loss {loss.item():.4f}")
     return pipeline, expected
 
 

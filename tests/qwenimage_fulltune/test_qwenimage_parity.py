@@ -138,7 +138,8 @@ def call_of_pipeline(world: SimpleNamespace, prompts: list[str], noisy: torch.Te
     world.spy.calls.clear()
     packed = world.pipeline._pack_latents(noisy, len(noisy), 16, HEIGHT // 8, WIDTH // 8).to(world.dtype)
     world.pipeline(
-        prompt=prompts, latents=packed, sigmas=[sigma], height=HEIGHT, width=WIDTH, true_cfg_scale=1.0, output_type="latent",
+        prompt=prompts, latents=packed, sigmas=[sigma], height=HEIGHT, width=WIDTH, true_cfg_scale=1.0,
+        output_type="latent",
     )  # fmt: skip
     (call,) = world.spy.calls
     return call
@@ -270,6 +271,7 @@ def test_decoding_undoes_encoding(world):
         return {"latents": packed}
 
     drawn = world.pipeline(
-        prompt=PROMPTS[:1], height=HEIGHT, width=WIDTH, sigmas=[0.5], true_cfg_scale=1.0, output_type="pt", callback_on_step_end=stay,
+        prompt=PROMPTS[:1], height=HEIGHT, width=WIDTH, sigmas=[0.5], true_cfg_scale=1.0,
+        output_type="pt", callback_on_step_end=stay,
     ).images  # fmt: skip
     torch.testing.assert_close(drawn[0], (direct[0, :, 0] / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
