@@ -1,6 +1,7 @@
 """What a run writes and shows: metrics.jsonl, tracker, progress bar, curves.png, picture grids, environment.json."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -36,6 +37,10 @@ class Meter:
         if run.is_main:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 keep_rows_until(self.folder / name, first_step)
+        if cfg.report_to != "none":
+            settings = {name: str(value) for name, value in dataclasses.asdict(cfg).items()}
+            project = cfg.tracker_project_name or run.recipe_dir.name
+            run.accelerator.init_trackers(project, settings, {"wandb": {"dir": cfg.output_dir}})
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 

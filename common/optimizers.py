@@ -107,9 +107,14 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(self, params, lr: float, weight_decay: float = 0.0, decay_power: float = 0.8):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_power": decay_power})
         compiled = torch.cuda.is_available()
+        if compiled:
+            torch._dynamo.config.recompile_limit = (
+                64  # one kernel a weight shape; large models have more than 8 shapes
+            )
         self._update_matrix = torch.compile(_update_matrix, dynamic=False) if compiled else _update_matrix
         self._update_vector = torch.compile(_update_vector, dynamic=False) if compiled else _update_vector
         self._scalars: dict[tuple, Tensor] = {}
+        self.square_sum: Tensor | None = None  # of gradients, for the log; the update yields it for nothing
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -134,10 +139,12 @@ class Adafactor(torch.optim.Optimizer):
             )
         state["step"] += 1
         scalars = self._device_scalars(p.device, group, state["step"])
+        if self.square_sum is None:
+            self.square_sum = torch.zeros((), device=p.device)
         if p.ndim > 1:
-            self._update_matrix(weight, grad, state["row"], state["column"], scalars)
+            self._update_matrix(weight, grad, state["row"], state["column"], scalars, self.square_sum)
         else:
-            self._update_vector(weight, grad, state["square"], scalars)
+            self._update_vector(weight, grad, state["square"], scalars, self.square_sum)
 
     def _device_scalars(self, device: torch.device, group: dict, step: int) -> Tensor:
         """(3,) float32 on the device: learning rate, 1 - beta2, weight decay factor.
@@ -159,18 +166,24 @@ class Adafactor(torch.optim.Optimizer):
             self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
 
 
-def _update_matrix(weight: Tensor, grad: Tensor, row: Tensor, column: Tensor, scalars: Tensor) -> None:
+def _update_matrix(
+    weight: Tensor, grad: Tensor, row: Tensor, column: Tensor, scalars: Tensor, square_sum: Tensor
+) -> None:
     grad = grad.float()
     square = grad * grad + 1e-30
-    row.lerp_(square.mean(dim=1), scalars[1])
+    row_means = square.mean(dim=1)
+    square_sum.add_(row_means.sum() * grad.shape[1])
+    row.lerp_(row_means, scalars[1])
     column.lerp_(square.mean(dim=0), scalars[1])
     update = grad * (row / row.mean()).rsqrt()[:, None] * column.rsqrt()[None]
     _apply_update(weight, update, scalars)
 
 
-def _update_vector(weight: Tensor, grad: Tensor, square: Tensor, scalars: Tensor) -> None:
+def _update_vector(weight: Tensor, grad: Tensor, square: Tensor, scalars: Tensor, square_sum: Tensor) -> None:
     grad = grad.float()
-    square.lerp_(grad * grad + 1e-30, scalars[1])
+    square_now = grad * grad + 1e-30
+    square_sum.add_(square_now.sum())
+    square.lerp_(square_now, scalars[1])
     _apply_update(weight, grad * square.rsqrt(), scalars)
 
 
@@ -195,11 +208,12 @@ class GradientRelease:
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        self._square_sum: Tensor | None = None
+        self.square_sum: Tensor | None = None
+        self.optimizer = optimizer
         if isinstance(optimizer, Adafactor):
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    p.register_post_accumulate_grad_hook(lambda p, group=group: self._release(p, optimizer, group))
+                    p.register_post_accumulate_grad_hook(lambda p, group=group: self._release(p, group))
         else:
             import warnings
 
@@ -208,21 +222,20 @@ class GradientRelease:
             warnings.filterwarnings("ignore", message=".*no-op while enable_gradient_release.*")
             enable_gradient_release(model, optimizer, pre_step=self._count)
 
-    def _release(self, p: Tensor, optimizer: Adafactor, group: dict) -> None:
-        self._count(p, group)
-        optimizer.step_parameter(p, group)
+    def _release(self, p: Tensor, group: dict) -> None:
+        self.optimizer.step_parameter(p, group)
         p.grad = None
 
     def _count(self, p: Tensor, group: dict) -> bool:
         grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
         square_sum = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        self._square_sum = square_sum if self._square_sum is None else self._square_sum + square_sum
+        self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
         return True
 
     def grad_norm(self, sharded: bool) -> float:
-        """Gradient norm of the last backward, over all shards (a collective call when `sharded`), and a fresh
-        start."""
-        square_sum, self._square_sum = self._square_sum, None
+        """Gradient norm of the last backward, over all shards (a collective call when `sharded`); counts anew."""
+        counter = self.optimizer if isinstance(self.optimizer, Adafactor) else self
+        square_sum, counter.square_sum = counter.square_sum, None
         if sharded:
             torch.distributed.all_reduce(square_sum)
         return math.sqrt(square_sum.item())

@@ -12,7 +12,7 @@ from PIL import Image
 from common import shapes
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwenimage_fulltune"
-TEMPLATE_WORDS = "Describe the image by detailing the color"
+EMBEDDING_OF_RED = [-1.2763, 0.7096, -0.6024, 1.6712]  # the first values of "red" in "a red circle"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Draw pictures with what a run exported, through the unmodified QwenImagePipeline.
 
-    python sample.py --run outputs/qwenimage_fulltune/tiny --prompt "a red cross at the top, on a white background"
+    python sample.py --run OUTPUT_DIR --prompt "a red cross at the top, on a white background"
 
 --run reads the base model, resolution, sampling steps and guidance from the run's config.yaml; flags override them.
 Without --run, give --base (a model folder or hub name) and, to draw with trained weights, --transformer (an
@@ -45,9 +45,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     trained = (
-        {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, torch_dtype=dtype)} if weights else {}
+        {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
     )
-    pipeline = QwenImagePipeline.from_pretrained(base, torch_dtype=dtype, **trained).to(device)
+    pipeline = QwenImagePipeline.from_pretrained(base, dtype=dtype, **trained).to(device)
 
     side = run.get("resolution", 1024)
     for index, prompt in enumerate(args.prompt):

@@ -167,8 +167,8 @@ class Config:
     """steps between rows of metrics.jsonl"""
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
     """tracker; wandb is offline when not logged in; metrics.jsonl and curves.png are always written"""
-    tracker_project_name: str = "qwenimage_fulltune"
-    """project name at the tracker"""
+    tracker_project_name: str = ""
+    """project name at the tracker; the recipe folder's name when empty"""
     benchmark: bool = False
     """random weights of the full size, random embeddings: print throughput, MFU and memory, and stop"""
     benchmark_prompt_tokens: int = 256
@@ -347,6 +347,8 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
     """The trained model in the strategy's weight dtype, filled shard by shard; random weights of the default (full)
     size for the benchmark."""
     weights = Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
+    if weights and not (weights / "config.json").is_file():
+        raise ValueError(f"transformer_path {weights} has no config.json; give a run's export/transformer, say")
     config = QwenImageTransformer2DModel.load_config(weights) if weights else {}
     with init_empty_weights():
         transformer = QwenImageTransformer2DModel.from_config(config)

@@ -15,7 +15,7 @@ SCENES = {  # two, so that a prompt that says nothing to the transformer fails
     "a red circle on the left, on a white background": ("red", "circle", "on the left", "white"),
     "a blue cross on the right, on a black background": ("blue", "cross", "on the right", "black"),
 }
-STEPS, BATCH = 24, 8
+STEPS, BATCH = 240, 8
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,272 @@
+"""Every launch file trains the same model: two processes against one, resume, validation, averages, exports."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from helpers import (
+    Launched,
+    accelerate_command,
+    column,
+    largest_difference,
+    launch,
+    read_rows,
+    run_main,
+    start_command,
+    wait_for,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import zero_to_bf16
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVED = 6, 3
+# 16 samples a step as 4 x 2 accumulation x 2 processes, against one batch of 16 in one process
+SPLIT = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2]
+FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--ema_decay", 0.9, "--export_model"]
+HAS_LIBAIO = Path("/usr/include/libaio.h").is_file()
+STRATEGIES = [
+    "ddp",
+    "fsdp2",
+    "fsdp2_offload",
+    "zero2",
+    "zero3",
+    "zero3_offload",
+    pytest.param(
+        "zero3_nvme",
+        marks=pytest.mark.skipif(
+            not HAS_LIBAIO, reason="libaio's headers are missing (Debian, Ubuntu: apt-get install libaio-dev)"
+        ),
+    ),
+]
+
+
+class Runs:
+    """Runs of this module by name, each launched once, when a test first asks for it."""
+
+    def __init__(self, train, recipe: Path, config: Path, folder: Path):
+        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
+        self.done: dict[str, Path] = {}
+
+    def single(self, name: str = "single", *flags: object) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
+            self.done[name] = out
+        return self.done[name]
+
+    def launched(self, name: str, strategy: str, *flags: object, processes: int = 2) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
+            launch(self.recipe, strategy, processes, argv).check()
+            self.done[name] = out
+        return self.done[name]
+
+    def reference(self) -> Path:
+        return self.single("single", *FULL)
+
+    def full(self, strategy: str) -> Path:
+        return self.launched(strategy, strategy, *SPLIT, *FULL)
+
+
+@pytest.fixture(scope="module")
+def runs(train, recipe, config, tmp_path_factory) -> Runs:
+    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal_within_bf16(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Two exports of runs that differ in the last bits of float32: the same but for a step of bf16 here and there."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        a, b = ours[name].float(), tensor.float()
+        assert ours[name].dtype == tensor.dtype == torch.bfloat16
+        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
+        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
+
+
+# ---- one step is the same step everywhere
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_are_those_of_one_process(runs, strategy):
+    """Catches processes that train alone, gradients summed or dropped, a split of the batch that changes noise or
+    order."""
+    ours, single = runs.full(strategy), runs.reference()
+    assert json.loads((ours / "environment.json").read_text())["launch"] == strategy
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+    assert largest_difference(column(ours, "latents_std"), column(single, "latents_std")) < 1e-4
+
+
+def test_two_processes_are_the_larger_batch(runs):
+    """Catches a step of 4 x 2 x 2 samples that is not the step of 16: the same loss and gradient norm to 1e-5."""
+    ours, single = runs.full("ddp"), runs.reference()
+    for name in ("loss", "grad_norm"):
+        assert column(ours, name)[1] == pytest.approx(column(single, name)[1], rel=1e-5)
+        assert column(ours, name)[2] == pytest.approx(column(single, name)[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exports_are_equal(runs, strategy):
+    """Catches an export of half the weights, of stale ones, or of the trained ones where averages are kept (EMA)."""
+    ours = weights(runs.full(strategy) / "export/transformer")
+    assert_equal_within_bf16(ours, weights(runs.reference() / "export/transformer"))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_sharded_exports_open_with_diffusers(runs, strategy, model_folder):
+    """Catches an export of a sharded run that diffusers cannot read or draw with."""
+    folder = runs.full(strategy) / "export/transformer"
+    transformer, report = QwenImageTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    pipeline = QwenImagePipeline.from_pretrained(model_folder, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cross", height=64, width=96, num_inference_steps=2, true_cfg_scale=1.0).images[0]
+    assert image.size == (96, 64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_validation_is_that_of_one_process(runs, strategy):
+    """Catches validation that fails or hangs on sharded weights ("'weight' must be 2-D"), or that uses other
+    weights."""
+    ours, single = runs.full(strategy), runs.reference()
+    rows, expected = (read_rows(folder / "validation.jsonl") for folder in (ours, single))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [0, STEPS]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+    for step in (0, STEPS):
+        folders = [folder / f"validation_images/step_{step:06d}" for folder in (ours, single)]
+        assert {p.name for p in folders[0].iterdir()} == {p.name for p in folders[1].iterdir()}
+        for name in ("000.png", "001.png", "002.png"):  # three prompts on two processes
+            a, b = (np.asarray(Image.open(folder / name), dtype=np.float32) for folder in folders)
+            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5 and np.abs(a - b).max() <= 8, (name, step)
+        assert (folders[0] / "001.txt").read_text() == (folders[1] / "001.txt").read_text()
+    first, last = (
+        np.asarray(Image.open(single / f"validation_images/step_{step:06d}/000.png")) for step in (0, STEPS)
+    )
+    assert (first != last).any()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_bf16_with_checkpointing(runs, strategy):
+    """Catches a mismatch of bf16 and float32 gradients, and activation checkpointing that sharding breaks."""
+    flags = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", 4]
+    ours = runs.launched(f"{strategy}_bf16", strategy, *SPLIT, *flags)
+    single = runs.single("single_bf16", *flags)
+    assert largest_difference(column(ours), column(single)) < 0.02
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 0.1
+
+
+def test_fsdp2_with_flash_adamw_and_gradient_release(runs):
+    """Catches a release of sharded gradients that steps on local parts only or logs the norm of one shard."""
+    flags = ["--optimizer", "flash_adamw", "--max_grad_norm", 0, "--checkpointing_steps", SAVED]
+    ours = runs.launched("flash", "fsdp2", "--train_batch_size", 8, *flags, "--gradient_release")
+    single = runs.single("single_flash", *flags)
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+
+
+# ---- resume
+
+
+def resume(runs: Runs, strategy: str, *flags: object, processes: int = 2, name: str = "") -> Path:
+    checkpoint = runs.full(strategy) / f"checkpoint-{SAVED}"
+    flags = ("--resume_from_checkpoint", checkpoint, *(flags or (*SPLIT, "--ema_decay", 0.9, "--export_model")))
+    return runs.launched(name or f"{strategy}_resumed", strategy, *flags, processes=processes)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", STRATEGIES[-1]])
+def test_resume_is_exact(runs, strategy):
+    """Catches a resume that loses moments, step counts, averages or the order of samples: equal to the last bit."""
+    resumed, straight = resume(runs, strategy), runs.full(strategy)
+    assert column(resumed) == column(straight, from_step=SAVED + 1)
+    assert column(resumed, "grad_norm") == column(straight, "grad_norm", from_step=SAVED + 1)
+    ours, theirs = (weights(folder / "export/transformer") for folder in (resumed, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def zero3_without_average(runs) -> Path:
+    """ZeRO-3 resumed without averaged weights, so that its export holds what its checkpoint holds."""
+    flags = [*SPLIT, "--checkpointing_steps", STEPS, "--export_model"]
+    return resume(runs, "zero3", *flags, name="zero3_without_average")
+
+
+def test_resume_is_exact_zero3(runs, zero3_without_average):
+    """Catches a ZeRO-3 resume that loses master weights, moments or the order of samples: equal to the last bit."""
+    straight = runs.full("zero3")
+    assert column(zero3_without_average) == column(straight, from_step=SAVED + 1)
+    for name in ("grad_norm", "latents_mean"):
+        assert column(zero3_without_average, name) == column(straight, name, from_step=SAVED + 1)
+
+
+def test_zero_to_bf16_is_the_export(zero3_without_average, tmp_path):
+    """Catches a conversion with other names, shapes, padding or rounding than the export, and one of half the
+    weights."""
+    zero_to_bf16.convert(zero3_without_average / f"checkpoint-{STEPS}", tmp_path, 80 * 10**9)
+    ours, theirs = weights(tmp_path), weights(zero3_without_average / "export/transformer")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    QwenImageTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_fsdp2_goes_on_with_another_number_of_processes(runs):
+    """Catches a resume on one process of what two have saved that loses or repeats samples."""
+    flags = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
+    resumed = resume(runs, "fsdp2", *flags, processes=1, name="fsdp2_on_one")
+    straight = column(runs.full("fsdp2"), from_step=SAVED + 1)
+    assert largest_difference(column(resumed), straight) < 1e-5
+    expected = column(runs.full("fsdp2"), "latents_mean", SAVED + 1)
+    assert largest_difference(column(resumed, "latents_mean"), expected) < 1e-5
+
+
+def test_sigterm_to_two_processes(runs, recipe, config, tmp_path):
+    """Catches a stop signal on which the processes disagree, hang or die unsaved: they save one step, and resume
+    exactly."""
+    steps = 40
+    argv = ["--config", config, *SPLIT, "--max_train_steps", steps]
+    straight = launch(recipe, "ddp", 2, [*argv, "--output_dir", tmp_path / "straight"]).check()
+    assert "stopped" not in straight.output
+    out = tmp_path / "stopped"
+    command = accelerate_command(recipe, "ddp", 2, [*argv, "--output_dir", out, "--checkpointing_steps", 1000])
+    with start_command(command) as process:
+        wait_for(lambda: len(read_rows(out)) >= 2 or process.poll() is not None, 300, "two steps")
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: every process gets it
+        output, _ = process.communicate(timeout=120)
+    (checkpoint,) = out.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 2 <= step < steps and f"stopped at step {step} as asked" in output, output
+    assert len(read_rows(out)) == step and not subprocess.run(["pgrep", "-g", str(process.pid)]).returncode == 0
+    flags = ["--output_dir", out, "--resume_from_checkpoint", "latest"]
+    resumed = launch(recipe, "ddp", 2, [*argv, *flags]).check()
+    assert f"at step {step}" in resumed.output
+    for name in ("loss", "grad_norm"):
+        assert column(out, name) == column(tmp_path / "straight", name)
+
+
+# ---- what cannot be
+
+
+def test_refusals_of_a_launch_file(runs, config, recipe, tmp_path):
+    """Catches an optimizer that trains wrongly under a strategy: one sentence, no traceback of ours, a failed
+    command."""
+    argv = ["--config", config, "--output_dir", tmp_path, "--optimizer", "adafactor"]
+    done: Launched = launch(recipe, "fsdp2", 2, argv)
+    lines = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1, done.output
+    assert "adafactor cannot run under fsdp2" in lines[0] and "use flash_adamw" in lines[0]
+    assert f'File "{recipe}' not in done.output
+    assert shutil.disk_usage(tmp_path)
