@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -21,22 +22,31 @@ STATE_FILE = "trainer_state.json"
 
 
 def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool) -> None:
-    """Make the folder. ValueError when a new run would mix its files with an earlier one's; `overwrite` deletes
-    them."""
+    """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
+
+    A new run must find no checkpoints, pictures or export, and a resumed one no checkpoints newer than its own:
+    "latest" must never mean another branch.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = list_checkpoints(folder)
-    if resume is None and earlier and not overwrite:
+    earlier = [
+        *list_checkpoints(folder),
+        *(folder / n for n in ("validation_images", "export") if (folder / n).exists()),
+    ]
+    if resume is not None:
+        inside = resume.resolve().parent == folder.resolve()
+        earlier = [p for p in list_checkpoints(folder) if not inside or _step(p) > _step(resume)]
+    if earlier and not overwrite:
         raise ValueError(
-            f"output_dir {folder} holds {earlier[-1].name} of an earlier run; go on with "
-            "--resume_from_checkpoint latest, take another --output_dir, "
-            "or delete the earlier run with --overwrite_output_dir"
+            f"output_dir {folder} holds {earlier[0].name} of another run; go on with --resume_from_checkpoint latest, "
+            "take another --output_dir, or delete it with --overwrite_output_dir"
         )
-    if resume is None:
-        for path in [*earlier, folder / "validation_images", folder / "export"]:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("checkpoint-*.partial"):
+    for path in [*earlier, *folder.glob("checkpoint-*.partial")]:
         shutil.rmtree(path)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def save_checkpoint(
@@ -77,7 +87,7 @@ def save_checkpoint(
     if ema is not None and (run.sharded or run.is_main):
         torch.save(ema.shadow, partial / f"ema_rank{run.rank}.pt")
     if run.is_main:
-        state = {"step": step, "strategy": run.strategy, "world_size": run.world_size, **state}
+        state = {"step": step, "launch": run.launch, "strategy": run.strategy, "world_size": run.world_size, **state}
         for name, text in {**files, STATE_FILE: json.dumps(state, indent=1)}.items():
             (partial / name).write_text(text)
     run.barrier()
@@ -102,12 +112,11 @@ def load_checkpoint(
     ValueError where the strategy cannot read this checkpoint.
     """
     state = json.loads((folder / STATE_FILE).read_text())
-    families = {"single": "replicated", "ddp": "replicated", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
-    if families[state["strategy"]] != families[run.strategy]:
+    if _family(state) != _family({"strategy": run.strategy, "launch": run.launch}):
         raise ValueError(
-            f"{folder} was saved by {state['strategy']} and this run is {run.strategy}: "
-            f"resume with LAUNCH={state['strategy']}, or start a new run from its weights "
-            "(the export/ folder, or `python -m common.zero_to_bf16` for DeepSpeed) as pretrained_model_name_or_path"
+            f"{folder} was saved by LAUNCH={state['launch']} and this run is {run.launch}: resume with "
+            f"LAUNCH={state['launch']}, or start a new run with --transformer_path OUTPUT_DIR/export/transformer "
+            "(for DeepSpeed without an export: `python -m common.zero_to_bf16`)"
         )
     per_rank_state = run.strategy.startswith("zero") or (
         run.strategy == "fsdp2" and not (folder / "optimizer").is_dir()
@@ -201,11 +210,18 @@ def _is_quantised(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _local_state(optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state dict with this rank's local tensors in place of DTensors."""
-    state_dict = _bare(optimizer).state_dict()
-    for values in state_dict["state"].values():
-        values.update({k: v.to_local() for k, v in values.items() if hasattr(v, "to_local")})
-    return state_dict
+    """flashoptim's state dict with this rank's local tensors: it would wrap them as DTensors for torch's distributed
+    checkpoint, which refuses uneven shards, and they are saved rank by rank here."""
+    bare = _bare(optimizer)
+    with mock.patch.object(type(bare), "_wrap_state_as_dtensor", staticmethod(lambda state, parameter: None)):
+        return bare.state_dict()
+
+
+def _family(state: dict) -> str:
+    """Checkpoints of one family can be read by each other's strategies."""
+    if state["launch"].endswith("_nvme"):
+        return "zero3_nvme"
+    return "replicated" if state["strategy"] in ("single", "ddp") else state["strategy"]
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -215,7 +231,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
         for p in Path(output_dir).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE_FILE).is_file()
     ]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step)
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:

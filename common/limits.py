@@ -25,8 +25,11 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None
     if run.device.type != "cuda":
         return
     per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
+    per_parameter += 4 if cfg.ema_decay else 0
     if run.offload:
         per_parameter = 2 if run.strategy == "zero2" else 0
+    elif run.strategy == "zero2":
+        per_parameter = 2 + (per_parameter - 2) / run.world_size
     shards = run.world_size if run.sharded else 1
     need = per_parameter * parameters / shards / 2**30 + activations_gib
     have = torch.cuda.get_device_properties(run.device).total_memory / 2**30

@@ -89,7 +89,8 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
             not on_cuda
         ):  # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
             return FlashAdamW(parameters, quantize=False, fused=False, master_weight_bits=None, **adam)
-        return FlashAdamW(parameters, master_weight_bits=24, **adam)
+        bits = 24 if any(p.dtype == torch.bfloat16 for p in parameters) else None  # fp32 weights need no more bits
+        return FlashAdamW(parameters, master_weight_bits=bits, **adam)
     if cfg.optimizer == "adafactor":
         return Adafactor(parameters, **common)
     raise ValueError(f"unknown optimizer {cfg.optimizer!r}, expected one of {', '.join(BYTES_PER_PARAMETER)}")
@@ -114,11 +115,14 @@ class Adafactor(torch.optim.Optimizer):
         self._update_matrix = torch.compile(_update_matrix, dynamic=False) if compiled else _update_matrix
         self._update_vector = torch.compile(_update_vector, dynamic=False) if compiled else _update_vector
         self._scalars: dict[tuple, Tensor] = {}
+        self.steps_taken = 0
         self.square_sum: Tensor | None = None  # of gradients, for the log; the update yields it for nothing
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None
+        self.steps_taken += 1
+        torch.manual_seed(self.steps_taken)  # replicas (ddp) must round alike, whatever else their ranks draw
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -161,6 +165,7 @@ class Adafactor(torch.optim.Optimizer):
         """torch casts loaded state to the weight's dtype; the means must stay float32, so they go back as saved."""
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
+        self.steps_taken = max((saved["step"] for saved in state_dict["state"].values()), default=0)
         for index, saved in state_dict["state"].items():
             p = parameters[index]
             self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
@@ -204,33 +209,26 @@ def stochastic_round(values: Tensor) -> Tensor:
 class GradientRelease:
     """Steps each parameter as soon as its gradient is complete, inside backward, and frees the gradient.
 
-    Keeps the gradient norm for the log.
+    The parameter's group is looked up when the hook runs: accelerate's wrapper and load_state_dict replace the group
+    dictionaries, and hooks that kept the first ones would never see a new learning rate. Keeps the gradient norm for
+    the log.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        self.square_sum: Tensor | None = None
+    def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        if isinstance(optimizer, Adafactor):
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.register_post_accumulate_grad_hook(lambda p, group=group: self._release(p, group))
-        else:
-            import warnings
+        self.square_sum: Tensor | None = None
+        self.step_parameter = getattr(optimizer, "step_param", None) or optimizer.step_parameter
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(lambda p, index=index: self._release(p, index))
 
-            from flashoptim import enable_gradient_release
-
-            warnings.filterwarnings("ignore", message=".*no-op while enable_gradient_release.*")
-            enable_gradient_release(model, optimizer, pre_step=self._count)
-
-    def _release(self, p: Tensor, group: dict) -> None:
-        self.optimizer.step_parameter(p, group)
+    def _release(self, p: Tensor, index: int) -> None:
+        if not isinstance(self.optimizer, Adafactor):  # whose update yields the sum of squares by itself
+            grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+            square_sum = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+            self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
+        self.step_parameter(p, self.optimizer.param_groups[index])
         p.grad = None
-
-    def _count(self, p: Tensor, group: dict) -> bool:
-        grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-        square_sum = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
-        return True
 
     def grad_norm(self, sharded: bool) -> float:
         """Gradient norm of the last backward, over all shards (a collective call when `sharded`); counts anew."""

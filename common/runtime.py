@@ -1,5 +1,6 @@
 """The run around a recipe's loop: processes and strategy, learning rate, seeds, clipping, signals, errors."""
 
+import datetime
 import os
 import signal
 import sys
@@ -97,7 +98,9 @@ def set_up(cfg, recipe_dir: Path) -> Run:
     ):
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        # hours, not 30 minutes: rank 0 may download a model or check a large data set while the others wait
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     if cfg.global_batch_size:
         per_micro_step = cfg.train_batch_size * world_size
         if cfg.global_batch_size % per_micro_step:
@@ -132,6 +135,8 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         strategy, offload = "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true"
         launch = "fsdp2_offload" if offload else "fsdp2"
     elif uses_deepspeed:
+        # transformers partitions what it loads as long as this object lives, but frozen encoders must stay whole
+        accelerator.state.deepspeed_plugin.dschf = None
         ds = accelerator.state.deepspeed_plugin.deepspeed_config
         strategy = f"zero{ds['zero_optimization']['stage']}"
         offload_device = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
@@ -139,8 +144,12 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         launch = strategy + {"none": "", "cpu": "_offload", "nvme": "_nvme"}[offload_device]
         _fill_deepspeed_config(ds, cfg, world_size)
     check_optimizer(cfg, strategy, offload, world_size)
+    if cfg.ema_decay and launch == "zero3_nvme":
+        raise ValueError("ema_decay is not possible under zero3_nvme (weights lie on the disk); use --ema_decay 0")
+    if "--launch" in sys.argv:
+        raise ValueError("--launch comes too late, the processes are running: use LAUNCH=NAME run.sh ..., or the YAML")
+    cfg.launch = launch
     fsdp = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")} if uses_fsdp else {}
-    torch.backends.cuda.matmul.allow_tf32 = True
     return Run(accelerator, strategy, launch, offload, recipe_dir, fsdp)
 
 
@@ -208,7 +217,7 @@ def prepare(
     """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
     its hooks."""
     if cfg.gradient_release:
-        run.release = GradientRelease(model, optimizer)
+        run.release = GradientRelease(optimizer)
     if run.strategy == "fsdp2":
         return model, run.accelerator.prepare(optimizer)
     return run.accelerator.prepare(model, optimizer)

@@ -9,6 +9,7 @@ that the rank keeps.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -148,25 +149,27 @@ def shard_model(
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    inner = (
+        MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32) if compute_dtype else MixedPrecisionPolicy()
+    )
+    outer = replace(inner, output_dtype=torch.float32) if compute_dtype else inner  # blocks pass bf16 to each other
     settings = {
         "mesh": mesh,
         "reshard_after_forward": reshard,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
-        if compute_dtype
-        else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
     }
-    blocks = [module for module in model.modules() if type(module).__name__ == block_class]
-    if not blocks:
-        raise ValueError(
-            f"no module of class {block_class!r} to shard; "
-            "the launch file's fsdp_transformer_layer_cls_to_wrap must name a block of this model"
-        )
+    blocks = []
+    for name in block_class.split(","):
+        found = [module for module in model.modules() if type(module).__name__ == name.strip()]
+        if not found:
+            raise ValueError(
+                f"no module of class {name.strip()!r} to shard; "
+                "the launch file's fsdp_transformer_layer_cls_to_wrap must name blocks of this model"
+            )
+        blocks += found
     for block in blocks:
-        fully_shard(block, **settings)
-    return fully_shard(model, **settings)
+        fully_shard(block, mp_policy=inner, **settings)
+    return fully_shard(model, mp_policy=outer, **settings)
 
 
 def local_tensor(parameter: nn.Parameter) -> Tensor:
@@ -193,7 +196,7 @@ class Ema:
     parameter over all ranks)."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.shadow = [local_tensor(p).detach().float().clone() for p in self.parameters]
 
@@ -218,3 +221,10 @@ class Ema:
     def _copy_in(self, tensors: list[Tensor]) -> None:
         for parameter, tensor in zip(self.parameters, tensors):
             local_tensor(parameter).copy_(tensor)
+        persistent = [parameter for parameter in self.parameters if getattr(parameter, "ds_persist", False)]
+        if persistent:  # small ones that ZeRO-3 keeps whole beside their partitions
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2, where a forward may leave weights gathered: they are old now
+                module.reshard()

@@ -89,9 +89,10 @@ class Launched:
         return self
 
 
-def accelerate_command(recipe: Path, launch: str, processes: int, argv: Sequence[object]) -> list[str]:
-    """The command that run.sh ends in."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", recipe / f"accelerate/{launch}.yaml"]
+def accelerate_command(recipe: Path, launch: str | Path, processes: int, argv: Sequence[object]) -> list[str]:
+    """The command that run.sh ends in; launch: a name in accelerate/, or a file."""
+    file = launch if isinstance(launch, Path) else recipe / f"accelerate/{launch}.yaml"
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     words += ["--num_machines", 1, "--machine_rank", 0, "--main_process_port", 0, "--num_processes", processes]
     return [str(word) for word in (*words, recipe / "train.py", *argv)]
 
@@ -124,7 +125,7 @@ def start_command(command: Sequence[object], **environment: str) -> subprocess.P
     )
 
 
-def launch(recipe: Path, strategy: str, processes: int, argv: Sequence[object], **environment: str) -> Launched:
+def launch(recipe: Path, strategy: str | Path, processes: int, argv: Sequence[object], **environment: str) -> Launched:
     """Run a recipe through its launch file and wait for it."""
     return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
 

@@ -65,5 +65,9 @@ fi
 if grep -q "^pretrained_model_name_or_path:[[:space:]]*[\"']\{0,1\}tiny\b" "$yaml"; then
     "$python" "$recipe/make_tiny.py" --output_dir "$root/outputs/$(basename "$recipe")/tiny_base"
 fi
+# a stop signal must leave time for a step and a save, not 30 seconds; USR1 is a scheduler's warning
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+if [[ $LAUNCH == single ]]; then exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 exec "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" \
     "${place[@]}" --num_processes "$world" "$recipe/train.py" --config "$yaml" "$@"

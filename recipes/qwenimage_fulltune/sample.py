@@ -23,7 +23,7 @@ def main() -> None:
         "--transformer", type=Path, help="folder of transformer weights; RUN/export/transformer when not given"
     )
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
-    parser.add_argument("--negative_prompt", default=" ", help="what guidance leads away from")
+    parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument(
         "--output",
         type=Path,
@@ -44,9 +44,7 @@ def main() -> None:
     weights = args.transformer or (args.run and args.run / "export" / "transformer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    trained = (
-        {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
-    )
+    trained = {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
     pipeline = QwenImagePipeline.from_pretrained(base, dtype=dtype, **trained).to(device)
 
     side = run.get("resolution", 1024)

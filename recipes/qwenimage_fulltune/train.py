@@ -7,6 +7,7 @@ to bottom.
 Order: Config, data, encode, load_models, compute_loss, validate, save and export, main with the loop.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -359,6 +360,7 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # training and validation, sizes and masks: each is a variant
         transformer.compile_repeated_blocks()
     transformer = runtime.shard(run, transformer, dtype, cfg).train()
     device = torch.device("cpu") if run.offload else run.device
@@ -475,7 +477,7 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
     must be in step.
     """
     models.transformer.eval()
-    with models.ema.applied() if models.ema else torch.no_grad():
+    with models.ema.applied() if models.ema else contextlib.nullcontext():
         loss = held_out_loss(run, models, cfg)
         draw_validation_images(run, cfg, models, Path(cfg.output_dir) / "validation_images" / f"step_{step:06d}")
     models.transformer.train()
@@ -562,7 +564,7 @@ def export(run: Run, cfg: Config, models: Models) -> None:
     """export/transformer: bf16 safetensors (averaged weights where they are kept) that
     QwenImageTransformer2DModel.from_pretrained reads."""
     files = {"config.json": json.dumps(models.transformer_config, indent=2)}
-    with models.ema.applied() if models.ema else torch.no_grad():
+    with models.ema.applied() if models.ema else contextlib.nullcontext():
         export_weights(run, models.transformer, Path(cfg.output_dir) / "export" / "transformer", files)
 
 
@@ -574,7 +576,7 @@ def main(argv: list[str] | None = None) -> None:
     resolve_paths(cfg, RECIPE, argv)
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
-    resume = find_checkpoint(cfg.output_dir, cfg.resume_from_checkpoint)
+    resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
     on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
 
     if cfg.benchmark:

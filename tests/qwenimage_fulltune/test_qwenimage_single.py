@@ -4,6 +4,7 @@ users' mistakes."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, load_script, read_rows, run_main
+from helpers import ROOT, column, largest_difference, load_script, read_rows, run_command, run_main
 from safetensors.torch import load_file
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
@@ -86,6 +87,26 @@ def test_checkpoint_says_where_it_stands(straight):
     state = json.loads((straight / "checkpoint-4/trainer_state.json").read_text())
     assert state["step"] == 4 and state["segments"] == [[16, 4]] and state["config"]["seed"] == 42
     assert not list(straight.glob("*.partial"))
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(train, config, straight, tmp_path):
+    """Catches a resume that reads half of another strategy's state: it says which launch file the checkpoint needs."""
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(straight / "checkpoint-4", folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps({**state, "launch": "zero3", "strategy": "zero3"}))
+    with pytest.raises(ValueError, match=r"saved by LAUNCH=zero3 and this run is single: resume with LAUNCH=zero3"):
+        run_main(train, ["--config", config, "--output_dir", tmp_path, "--resume_from_checkpoint", folder])
+
+
+def test_changed_data_and_settings_are_noticed_on_resume(train, config, straight, tmp_path, capfd):
+    """Catches a resume on other data that says nothing, since the order of samples is then no continuation."""
+    flags = ["--resume_from_checkpoint", straight / "checkpoint-4", "--max_train_steps", 5, "--learning_rate", 1e-4]
+    run_main(train, ["--config", config, "--output_dir", tmp_path / "same", *flags])
+    said = capfd.readouterr().out
+    assert "learning_rate 0.001 -> 0.0001" in said and "data changed" not in said
+    run_main(train, ["--config", config, "--output_dir", tmp_path / "other", *flags, "--num_validation_samples", 1])
+    assert "data changed" in capfd.readouterr().out
 
 
 def test_what_a_run_leaves(straight, config):
@@ -172,9 +193,9 @@ def test_caches_and_checkpointing_do_not_change_the_loss(train, config, straight
 
 
 def test_gradient_release_through_the_recipe(train, config, tmp_path):
-    """Catches hooks that are set after the model is wrapped, or a step that is made twice: release and plain step are
-    one."""
-    flags = ["--max_train_steps", 4, "--optimizer", "adafactor", "--max_grad_norm", 0, "--learning_rate", 1e-3]
+    """Catches hooks that are set after the model is wrapped or keep the first learning rate, and a step made twice."""
+    flags = ["--max_train_steps", 5, "--optimizer", "adafactor", "--max_grad_norm", 0, "--learning_rate", 1e-3]
+    flags += ["--lr_scheduler", "linear", "--lr_warmup_steps", 1]
     run_main(train, ["--config", config, "--output_dir", tmp_path / "plain", *flags])
     run_main(train, ["--config", config, "--output_dir", tmp_path / "release", *flags, "--gradient_release"])
     for name in ("loss", "grad_norm"):
@@ -248,7 +269,7 @@ def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
 
 def test_a_used_folder_is_not_overwritten(train, config, straight):
     """Catches a new run that mixes its files with an earlier one's."""
-    with pytest.raises(ValueError, match=r"holds checkpoint-8 of an earlier run.*--resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match=r"holds checkpoint-\d+ of .*--resume_from_checkpoint latest"):
         run_main(train, ["--config", config, "--output_dir", straight])
     assert len(read_rows(straight)) == 8
 
@@ -264,6 +285,8 @@ def test_a_used_folder_is_not_overwritten(train, config, straight):
         (["--resolution", "100"], "resolution must be a positive multiple of 32.*got 100; use 96"),
         (["--global_batch_size", "40"], "global_batch_size 40 does not divide by train_batch_size 16 x 1 processes"),
         (["--train_batch_size", "0"], "train_batch_size must be at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        (["--max_train_steps", "0"], "max_train_steps must be at least 1, got 0"),
         (["--caption_dropout", "1.5"], "caption_dropout is a share between 0 and 1, got 1.5"),
         (["--num_inference_steps", "1"], "num_inference_steps must be at least 2, got 1"),
         (["--gradient_release"], "gradient_release is not possible: optimizer adamw.*; max_grad_norm is 1.0"),
@@ -308,3 +331,10 @@ def test_run_sh_names_what_there_is(recipe, arguments, variables, sentence):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, cwd="/")
     assert done.returncode == 2 and re.search(sentence, done.stderr), done
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_mistake_through_run_sh(recipe, tmp_path):
+    """Catches a launcher that puts its own traceback after the sentence, or ends with another exit code."""
+    done = run_command(["bash", recipe / "run.sh", "tiny", "--resolution", 100, "--output_dir", tmp_path])
+    assert done.returncode == 2 and "Traceback" not in done.output, done
+    assert done.output.strip().splitlines()[-1].startswith("error: resolution must be a positive multiple of 32")
