@@ -53,7 +53,8 @@ elif [[ $kind == DEEPSPEED && $toolkit != "$torch_cuda" && -z ${DS_SKIP_CUDA_CHE
     echo "run.sh: CUDA toolkit $toolkit, torch is for $torch_cuda: DS_SKIP_CUDA_CHECK=1, so that DeepSpeed compiles"
     export DS_SKIP_CUDA_CHECK=1
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+if [[ $gpus -eq 0 ]]; then threads=1; else threads=$((cores > NPROC ? cores / NPROC : 1)); fi   # tiny tensors: one is fastest
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 place=(--num_machines "$NNODES" --machine_rank "${NODE_RANK:-0}")
 if [[ $NNODES -eq 1 ]]; then
     place+=(--main_process_port "${MASTER_PORT:-0}")   # 0: any free one
