@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from common.data import Place
 from common.manifest import Record
 
 
@@ -173,7 +174,7 @@ class EmbeddingCache:
 
 
 class CachedSamples(Dataset):
-    """Entries of a cache as a dataset for MicroBatchSampler; index (sample, step, position), two passed on."""
+    """Entries of a cache as a dataset for MicroBatchSampler: tensors, and the place's step and position."""
 
     def __init__(self, cache: EmbeddingCache, keys: Sequence[str]):
         self.cache, self.keys = cache, list(keys)
@@ -181,6 +182,5 @@ class CachedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: tuple[int, int, int]) -> dict:
-        sample, step, position = index
-        return {**self.cache[self.keys[sample]], "step": step, "position": position}
+    def __getitem__(self, place: Place) -> dict:
+        return {**self.cache[self.keys[place.sample]], "step": place.step, "position": place.position}

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -103,8 +104,16 @@ def advance_segments(segments: Sequence[Sequence[int]], group_size: int, n_steps
     return result
 
 
-class MicroBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """One rank's micro-batches, endless: lists of (index, step, position), the position being within the step's group.
+class Place(NamedTuple):
+    """What the loader asks a dataset for; use the names, fields may be added."""
+
+    sample: int  # index into the data set
+    step: int  # optimizer step
+    position: int  # within the step's group, from 0
+
+
+class MicroBatchSampler(Sampler[list[Place]]):
+    """One rank's micro-batches, endless: lists of Place.
 
     segments: those of the checkpoint, () for a new run; start_step: how many steps they cover, the first to come.
     Micro-batch m of rank r is group[(m * world_size + r) * train_batch_size:][:train_batch_size].
@@ -136,12 +145,12 @@ class MicroBatchSampler(Sampler[list[tuple[int, int, int]]]):
         """What a checkpoint at `step` saves, and the next sampler is given."""
         return advance_segments(self.segments, self.group_size, step - self.start_step)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         groups = step_groups(self.bucket_ids, self.seed, [*self.segments, (self.group_size, None)])
         for step, group in enumerate(groups, start=self.start_step):
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [(group[place], step, place) for place in range(first, first + self.batch_size)]
+                yield [Place(group[at], step, at) for at in range(first, first + self.batch_size)]
 
 
 def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:

@@ -17,13 +17,9 @@ SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and persistent buffer, whole, one at a time (a collective call for sharded models)."""
+    """Every parameter, whole, one at a time (a collective call for sharded models)."""
     for name, parameter in model.named_parameters():
         yield name, full_tensor(parameter)
-    persistent = set(model.state_dict().keys()) if next(model.buffers(), None) is not None else set()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            yield name, buffer
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -37,7 +33,7 @@ def export_weights(
     `files` are added ({"config.json": ...})."""
     module = run.unwrap(model)
     sizes = {name: 2 * torch.Size(full_shape(p)).numel() for name, p in module.named_parameters()}
-    sizes |= {name: 2 * b.numel() for name, b in module.named_buffers()}
+    assert not set(module.state_dict()) - set(sizes), "a model with persistent buffers needs them exported too"
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     if run.is_main:

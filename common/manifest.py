@@ -129,8 +129,6 @@ def _record(row: object, number: int, where: str, image_column: str, text_column
         problem = f"{text_column} is {text!r}, expected a caption"
     elif not text.strip():
         problem = "empty caption"
-    elif kind != "image":
-        problem = f"type is {kind!r}, expected 'image'"
     elif not all(isinstance(source, str) and source for source in sources):
         problem = f"source_file_path is {sources!r}, expected paths"
     sources = tuple(map(str, sources))
@@ -269,12 +267,19 @@ def check_records(
     known_good: Collection[str] = frozenset(),
     progress: bool = True,
     max_pixels: int | None = None,
+    types: Collection[str] = ("image",),
 ) -> list[Record]:
     """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
 
     on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
-    max_pixels: of the largest image; None is Pillow's own warning limit, 89 million. The same answer on every rank.
+    types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
+    89 million. The same answer on every rank.
     """
+    wrong = f"expected {' or '.join(types)}"
+    records = [
+        dataclasses.replace(r, problem=f"type is {r.type!r}, {wrong}") if not r.problem and r.type not in types else r
+        for r in records
+    ]
     if on_bad_rows not in ("error", "skip"):
         raise ValueError(f"on_bad_rows is {on_bad_rows!r}; expected error or skip")
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62

@@ -225,7 +225,7 @@ def check_command(command: str) -> None:
             known = {*config_fields(recipe), "help"}
         else:
             known = set(re.findall(r'add_argument\(\s*"--(\w+)"', (ROOT / script).read_text()))
-        flags = {word[2:].split("=")[0].removeprefix("no-") for word in given if word.startswith("--")}
+        flags = {re.sub("^no[-_]", "", word[2:].split("=")[0]) for word in given if word.startswith("--")}
         assert flags <= known, f"{flags - known} in: {command}"
         for launch in re.findall(r"\bLAUNCH=(\w+)", command):
             assert (recipe / f"accelerate/{launch}.yaml").is_file(), command

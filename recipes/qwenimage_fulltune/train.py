@@ -37,7 +37,15 @@ from common import runtime
 from common.cache import CachedSamples, EmbeddingCache
 from common.checkpoint import claim_output_dir, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import changed_settings, parse_config, save_config
-from common.data import MicroBatchSampler, data_digest, describe_buckets, make_buckets, make_loader, nearest_bucket
+from common.data import (
+    MicroBatchSampler,
+    Place,
+    data_digest,
+    describe_buckets,
+    make_buckets,
+    make_loader,
+    nearest_bucket,
+)
 from common.export import export_weights
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.images import image_to_tensor, resize_and_crop
@@ -208,12 +216,11 @@ class RandomSamples(Dataset):
     def __len__(self) -> int:
         return 64
 
-    def __getitem__(self, index: tuple[int, int, int]) -> dict:
-        sample, step, position = index
-        rng = torch.Generator().manual_seed(sample)
+    def __getitem__(self, place: Place) -> dict:
+        rng = torch.Generator().manual_seed(place.sample)
         latents = torch.randn(16, 1, self.side, self.side, generator=rng)
         prompt_embeds = torch.randn(self.tokens, self.width, generator=rng)
-        return {"latents": latents, "prompt_embeds": prompt_embeds, "step": step, "position": position}
+        return {"latents": latents, "prompt_embeds": prompt_embeds, "step": place.step, "position": place.position}
 
 
 def collate(samples: list[dict]) -> dict:
