@@ -704,7 +704,7 @@ def print_next_steps(run: Run, cfg: Config) -> None:
     run.print(
         f"\ndone. Look at\n  {cfg.output_dir}/validation_images/ (grid.png in each step's folder)\n"
         f"  {cfg.output_dir}/curves.png\n"
-        f'draw from the result:\n  python {RECIPE / "sample.py"} --run {cfg.output_dir} --prompt "..."\n'
+        f'draw from the result:\n  {sys.executable} {RECIPE / "sample.py"} --run {cfg.output_dir} --prompt "..."\n'
         f"train your own:\n  bash {RECIPE / 'run.sh'} full --train_data_dir /data/mine"
     )
 

@@ -77,7 +77,7 @@ def draw(pipeline, text: str, seed: int, output_type: str):
 def test_pictures_come_back_from_noise(trained, text):
     """Catches a wrong sign, scale, packing, template or normalisation anywhere between training and sampling.
 
-    Not a wrong timestep: from two pictures the model reads the noise level off its input. test_qwenimage_parity has it.
+    Not a wrong timestep: the model can read the noise level off its input. test_qwenimage_parity has it.
     """
     pipeline, expected = trained
     for seed in (0, 1):

@@ -7,6 +7,7 @@ to bottom.
 Order: Config, data, encode, load_models, compute_loss, validate, save and export, main with the loop.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -36,7 +37,15 @@ from common import runtime
 from common.cache import CachedSamples, EmbeddingCache
 from common.checkpoint import claim_output_dir, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import changed_settings, parse_config, save_config
-from common.data import MicroBatchSampler, data_digest, describe_buckets, make_buckets, make_loader, nearest_bucket
+from common.data import (
+    MicroBatchSampler,
+    Place,
+    data_digest,
+    describe_buckets,
+    make_buckets,
+    make_loader,
+    nearest_bucket,
+)
 from common.export import export_weights
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
 from common.images import image_to_tensor, resize_and_crop
@@ -207,12 +216,11 @@ class RandomSamples(Dataset):
     def __len__(self) -> int:
         return 64
 
-    def __getitem__(self, index: tuple[int, int, int]) -> dict:
-        sample, step, position = index
-        rng = torch.Generator().manual_seed(sample)
+    def __getitem__(self, place: Place) -> dict:
+        rng = torch.Generator().manual_seed(place.sample)
         latents = torch.randn(16, 1, self.side, self.side, generator=rng)
         prompt_embeds = torch.randn(self.tokens, self.width, generator=rng)
-        return {"latents": latents, "prompt_embeds": prompt_embeds, "step": step, "position": position}
+        return {"latents": latents, "prompt_embeds": prompt_embeds, "step": place.step, "position": place.position}
 
 
 def collate(samples: list[dict]) -> dict:
@@ -348,7 +356,7 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
     size for the benchmark."""
     weights = Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
     if weights and not (weights / "config.json").is_file():
-        raise ValueError(f"transformer_path {weights} has no config.json; give a folder like export/transformer of a run")
+        raise ValueError(f"transformer_path {weights} has no config.json; give a run's export/transformer, say")
     config = QwenImageTransformer2DModel.load_config(weights) if weights else {}
     with init_empty_weights():
         transformer = QwenImageTransformer2DModel.from_config(config)
@@ -359,6 +367,7 @@ def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTra
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # training and validation, sizes and masks: each is a variant
         transformer.compile_repeated_blocks()
     transformer = runtime.shard(run, transformer, dtype, cfg).train()
     device = torch.device("cpu") if run.offload else run.device
@@ -475,7 +484,7 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
     must be in step.
     """
     models.transformer.eval()
-    with models.ema.applied() if models.ema else torch.no_grad():
+    with models.ema.applied() if models.ema else contextlib.nullcontext():
         loss = held_out_loss(run, models, cfg)
         draw_validation_images(run, cfg, models, Path(cfg.output_dir) / "validation_images" / f"step_{step:06d}")
     models.transformer.train()
@@ -562,7 +571,7 @@ def export(run: Run, cfg: Config, models: Models) -> None:
     """export/transformer: bf16 safetensors (averaged weights where they are kept) that
     QwenImageTransformer2DModel.from_pretrained reads."""
     files = {"config.json": json.dumps(models.transformer_config, indent=2)}
-    with models.ema.applied() if models.ema else torch.no_grad():
+    with models.ema.applied() if models.ema else contextlib.nullcontext():
         export_weights(run, models.transformer, Path(cfg.output_dir) / "export" / "transformer", files)
 
 
@@ -574,7 +583,7 @@ def main(argv: list[str] | None = None) -> None:
     resolve_paths(cfg, RECIPE, argv)
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
-    resume = find_checkpoint(cfg.output_dir, cfg.resume_from_checkpoint)
+    resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
     on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
 
     if cfg.benchmark:
@@ -695,7 +704,7 @@ def print_next_steps(run: Run, cfg: Config) -> None:
     run.print(
         f"\ndone. Look at\n  {cfg.output_dir}/validation_images/ (grid.png in each step's folder)\n"
         f"  {cfg.output_dir}/curves.png\n"
-        f'draw from the result:\n  python {RECIPE / "sample.py"} --run {cfg.output_dir} --prompt "..."\n'
+        f'draw from the result:\n  {sys.executable} {RECIPE / "sample.py"} --run {cfg.output_dir} --prompt "..."\n'
         f"train your own:\n  bash {RECIPE / 'run.sh'} full --train_data_dir /data/mine"
     )
 
