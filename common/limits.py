@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
-from common.runtime import Run
+from common.runtime import Run, stop
 
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}  # a parameter
 
@@ -61,8 +62,11 @@ def explained_errors() -> Iterator[None]:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not raised_in.startswith(repository) or "site-packages" in raised_in:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:  # when every process failed alike, the first one's message has ended the run within this time
+            time.sleep(5)
+        if not (rank and stop["asked"]):
+            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
