@@ -85,9 +85,8 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
     if cfg.optimizer == "flash_adamw":
         from flashoptim import FlashAdamW
 
-        if (
-            not on_cuda
-        ):  # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
+        # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
+        if not on_cuda:
             return FlashAdamW(parameters, quantize=False, fused=False, master_weight_bits=None, **adam)
         bits = 24 if any(p.dtype == torch.bfloat16 for p in parameters) else None  # fp32 weights need no more bits
         return FlashAdamW(parameters, master_weight_bits=bits, **adam)
@@ -109,9 +108,7 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_power": decay_power})
         compiled = torch.cuda.is_available()
         if compiled:
-            torch._dynamo.config.recompile_limit = (
-                64  # one kernel a weight shape; large models have more than 8 shapes
-            )
+            torch._dynamo.config.recompile_limit = 64  # one kernel a shape; large models have more than 8
         self._update_matrix = torch.compile(_update_matrix, dynamic=False) if compiled else _update_matrix
         self._update_vector = torch.compile(_update_vector, dynamic=False) if compiled else _update_vector
         self._scalars: dict[tuple, Tensor] = {}
