@@ -171,7 +171,7 @@ class Config:
     num_inference_steps: int = 30
     """sampling steps of validation pictures"""
     guidance_scale: float = 4.0
-    """classifier-free guidance of validation pictures (the pipeline's true_cfg_scale)"""
+    """classifier-free guidance of validation pictures"""
     logging_steps: int = 1
     """steps between rows of metrics.jsonl"""
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
