@@ -273,8 +273,8 @@ def batch_shapes(records: list[Record], buckets: list[tuple[int, int]], train_ba
 
 
 def read_validation_images(cfg: Config, n_prompts: int) -> list[list[Image.Image]]:
-    """The reference images of each validation prompt. ValueError when there are not as many as prompts, or for an image
-    that cannot be used."""
+    """The reference images of each validation prompt. ValueError when there are not as many as prompts, or one
+    cannot be used."""
     if not cfg.validation_image_paths:
         return [[] for _ in range(n_prompts)]
     if len(cfg.validation_image_paths) != n_prompts:
