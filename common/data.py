@@ -11,9 +11,9 @@ import json
 import math
 import signal
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -64,43 +64,68 @@ def _stream(n_samples: int, seed: int) -> Iterator[int]:
         yield from np.random.RandomState([seed, epoch]).permutation(n_samples).tolist()
 
 
-def _groups(
-    pending: dict[int, deque[int]], stream: Iterator[int], bucket_ids: Sequence[int], size: int
+class _Dealer:
+    """Deals a stream of samples into groups; what waits stays with it when the group size changes."""
+
+    def __init__(self, bucket_ids: Sequence, shape_ids: Sequence | None, stream: Iterator[int]) -> None:
+        self.bucket_ids, self.shape_ids, self.stream = bucket_ids, shape_ids or bucket_ids, stream
+        self.left: deque[int] = deque()  # to be dealt before the stream goes on
+        self.batches: dict[object, list[int]] = defaultdict(list)  # by shape: micro-batches that fill up
+        self.ready: dict[object, list[int]] = {bucket: [] for bucket in sorted(set(bucket_ids))}  # full ones
+
+    def groups(self, size: int, batch_size: int) -> Iterator[list[int]]:
+        """Groups of one bucket whose every `batch_size` samples in a row have one shape."""
+        waiting = [*chain(*self.ready.values()), *chain(*self.batches.values())]
+        self.left.extendleft(reversed(waiting))
+        self.batches.clear()
+        for bucket in self.ready:
+            self.ready[bucket] = []
+        while True:
+            index = self.left.popleft() if self.left else next(self.stream)
+            bucket = self.bucket_ids[index]
+            batch = self.batches[bucket if batch_size == 1 else (bucket, self.shape_ids[index])]
+            batch.append(index)
+            if len(batch) == batch_size:
+                self.ready[bucket] += batch
+                batch.clear()
+            if len(self.ready[bucket]) == size:
+                group, self.ready[bucket] = self.ready[bucket], []
+                yield group
+
+
+def step_groups(
+    bucket_ids: Sequence,
+    seed: int,
+    segments: Sequence[Sequence[int | None]],
+    shape_ids: Sequence | None = None,
 ) -> Iterator[list[int]]:
-    for queue in pending.values():  # left by a larger group size
-        while len(queue) >= size:
-            yield [queue.popleft() for _ in range(size)]
-    for index in stream:
-        queue = pending[bucket_ids[index]]
-        queue.append(index)
-        if len(queue) == size:
-            yield [queue.popleft() for _ in range(size)]
-
-
-def step_groups(bucket_ids: Sequence[int], seed: int, segments: Sequence[Sequence[int | None]]) -> Iterator[list[int]]:
     """Groups of sample indices, one an optimizer step, each of one bucket.
 
     The epochs' permutations, one after the other, are dealt to the buckets; a bucket that holds a whole group lets
     it go, and leftovers wait for the next epoch, so that in the long run every sample is seen equally often. segments:
     [group_size, n_groups] in order; all are replayed, the groups of the last are yielded (n_groups None: endless).
+    shape_ids: what samples of one micro-batch must have in common beside their bucket; then a segment is [group_size,
+    n_groups, batch_size], and the group's micro-batches lie one after the other.
     """
     if not len(bucket_ids):
         raise ValueError("zero samples; expected at least one row after the check of the data")
-    pending: dict[int, deque[int]] = {bucket: deque() for bucket in sorted(set(bucket_ids))}
-    stream = _stream(len(bucket_ids), seed)
-    *finished, (last_size, last_count) = segments
-    for size, n_groups in finished:
-        deque(islice(_groups(pending, stream, bucket_ids, size), n_groups), maxlen=0)
-    yield from islice(_groups(pending, stream, bucket_ids, last_size), last_count)
+    dealer = _Dealer(bucket_ids, shape_ids, _stream(len(bucket_ids), seed))
+    for size, n_groups, *batch_size in segments[:-1]:
+        deque(islice(dealer.groups(size, *batch_size or [1]), n_groups), maxlen=0)
+    size, n_groups, *batch_size = segments[-1]
+    yield from islice(dealer.groups(size, *batch_size or [1]), n_groups)
 
 
-def advance_segments(segments: Sequence[Sequence[int]], group_size: int, n_steps: int) -> list[list[int]]:
+def advance_segments(
+    segments: Sequence[Sequence[int]], group_size: int, n_steps: int, batch_size: int = 1
+) -> list[list[int]]:
     """The segments after n_steps more steps of group_size: what a checkpoint saves and the next sampler is given."""
     result = [list(segment) for segment in segments]
-    if n_steps and result and result[-1][0] == group_size:
+    kind = [group_size] if batch_size == 1 else [group_size, batch_size]
+    if n_steps and result and [result[-1][0], *result[-1][2:]] == kind:
         result[-1][1] += n_steps
     elif n_steps:
-        result.append([group_size, n_steps])
+        result.append([group_size, n_steps, *kind[1:]])
     return result
 
 
@@ -117,7 +142,8 @@ class MicroBatchSampler(Sampler[list[Place]]):
     """One rank's micro-batches, endless: lists of Place.
 
     segments: those of the checkpoint, () for a new run; start_step: how many steps they cover, the first to come.
-    Micro-batch m of rank r is group[(m * world_size + r) * train_batch_size:][:train_batch_size].
+    Micro-batch m of rank r is group[(m * world_size + r) * train_batch_size:][:train_batch_size]. shape_ids: see
+    step_groups.
     """
 
     def __init__(
@@ -130,9 +156,10 @@ class MicroBatchSampler(Sampler[list[Place]]):
         seed: int,
         segments: Sequence[Sequence[int]] = (),
         start_step: int = 0,
+        shape_ids: Sequence | None = None,
     ) -> None:
         assert 0 <= rank < world_size
-        covered = sum(n_groups for _, n_groups in segments)
+        covered = sum(segment[1] for segment in segments)
         if covered != start_step:
             raise ValueError(
                 f"the order of samples covers {covered} steps, expected {start_step}: a mixed-up checkpoint"
@@ -141,13 +168,15 @@ class MicroBatchSampler(Sampler[list[Place]]):
         self.batch_size, self.accumulation = train_batch_size, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.group_size = train_batch_size * gradient_accumulation_steps * world_size
+        self.shape_ids, self.equal_shapes = shape_ids, train_batch_size if shape_ids is not None else 1
 
     def segments_at(self, step: int) -> list[list[int]]:
         """What a checkpoint at `step` saves, and the next sampler is given."""
-        return advance_segments(self.segments, self.group_size, step - self.start_step)
+        return advance_segments(self.segments, self.group_size, step - self.start_step, self.equal_shapes)
 
     def __iter__(self) -> Iterator[list[Place]]:
-        groups = step_groups(self.bucket_ids, self.seed, [*self.segments, (self.group_size, None)])
+        segments = [*self.segments, (self.group_size, None, self.equal_shapes)]
+        groups = step_groups(self.bucket_ids, self.seed, segments, self.shape_ids)
         for step, group in enumerate(groups, start=self.start_step):
             whole = tuple(group)
             for micro in range(self.accumulation):

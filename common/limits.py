@@ -27,7 +27,7 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None
     if run.device.type != "cuda":
         return
     per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
-    per_parameter += 4 if cfg.ema_decay else 0
+    per_parameter += 6 if cfg.ema_decay else 0  # the average, and the trained weights while it is applied
     if run.offload:
         per_parameter = 2 if run.strategy == "zero2" else 0
     elif run.strategy == "zero2":
@@ -46,7 +46,8 @@ MEMORY_LADDER = (
     "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
     "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
     "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
-    "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); LAUNCH=zero3_nvme"
+    "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); "
+    "LAUNCH=zero3_nvme; and --ema_decay 0"
 )
 
 

@@ -240,7 +240,8 @@ def stop_requested() -> bool:
 
 
 def request_stop(reason: str) -> None:
-    """End the loop after this step, because training is done (early stopping). Called on every process."""
+    """End the loop after this step, because training is done (early stopping). Called on every process, from
+    validation: the meter, which comes before it in a step, decides about signals anew."""
     stop.update(agreed=True, reason=reason)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -502,6 +503,39 @@ def test_stream_is_a_function_of_seed_and_epoch():
 class Squares(torch.utils.data.Dataset):
     def __getitem__(self, item):
         return item.sample**2, item.step, item.position, os.getpid()
+
+
+SHAPE_IDS = [i % 5 for i in range(len(BUCKET_IDS))]  # most rarer than a step
+
+
+@pytest.mark.parametrize(("world_size", "batch", "accumulation"), [(1, 2, 4), (2, 2, 2), (1, 3, 1), (2, 1, 4)])
+def test_a_micro_batch_has_one_shape(world_size, batch, accumulation):
+    """Catches micro-batches of mixed shapes, and steps that wait until a rare shape fills them with itself."""
+    steps = steps_of_all_ranks(400, world_size, batch, accumulation, shape_ids=SHAPE_IDS)
+    size = world_size * batch * accumulation
+    seen = Counter()
+    for group in steps:
+        order = [group[position] for position in range(size)]
+        for start in range(0, size, batch):
+            assert len({SHAPE_IDS[index] for index in order[start : start + batch]}) == 1
+        seen.update(order)
+    assert set(seen) == set(range(len(BUCKET_IDS))) and max(seen.values()) - min(seen.values()) <= size
+    if accumulation > 1:
+        assert sum(len({SHAPE_IDS[index] for index in group.values()}) > 1 for group in steps) > 200
+
+
+def test_shapes_and_resume():
+    """Catches a resumed run that loses or repeats samples that waited for others of their shape."""
+    options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shape_ids": SHAPE_IDS}
+    straight = take(30, **options)
+    sampler = data.MicroBatchSampler(BUCKET_IDS, 2, 2, 0, 1, seed=3, shape_ids=SHAPE_IDS)
+    segments = sampler.segments_at(11)
+    assert segments == [[4, 11, 2]]
+    assert take(19, segments=segments, start_step=11, **options) == straight[22:]
+    other = {**options, "train_batch_size": 1}  # another batch size: every sample still comes once an epoch
+    more = take(200, segments=segments, start_step=11, **other)
+    seen = Counter(place.sample for batch in [*straight[:22], *more] for place in batch)
+    assert set(seen) == set(range(len(BUCKET_IDS))) and max(seen.values()) - min(seen.values()) <= 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

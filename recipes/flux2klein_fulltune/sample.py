@@ -9,12 +9,17 @@ export/transformer folder).
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "common").is_dir())))
 
 import torch
 import yaml
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from PIL import Image
+
+from common.images import decode_image
 
 
 def main() -> None:
@@ -32,8 +37,8 @@ def main() -> None:
         default=Path("sample.png"),
         help="picture to write; -1, -2, ... are added for more prompts",
     )
-    parser.add_argument("--width", type=int, help="pixels; the run's resolution when not given")
-    parser.add_argument("--height", type=int, help="pixels; the run's resolution when not given")
+    parser.add_argument("--width", type=int, help="pixels; the run's resolution, or the first reference's size")
+    parser.add_argument("--height", type=int, help="pixels; the run's resolution, or the first reference's size")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps; the run's, or 50")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the run's, or 4.0")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -49,10 +54,10 @@ def main() -> None:
     trained = {"transformer": Flux2Transformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
     pipeline = Flux2KleinPipeline.from_pretrained(base, dtype=dtype, **trained).to(device)
 
-    side = run.get("resolution", 1024)
+    side = None if args.image else run.get("resolution", 1024)
     for index, prompt in enumerate(args.prompt):
         image = pipeline(
-            image=[Image.open(path).convert("RGB") for path in args.image] or None,
+            image=[decode_image(path.read_bytes()) for path in args.image] or None,
             prompt=prompt,
             max_sequence_length=run.get("max_sequence_length", 512),
             guidance_scale=args.guidance_scale or run.get("guidance_scale", 4.0),

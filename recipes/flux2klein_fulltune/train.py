@@ -182,9 +182,10 @@ class Config:
     """steps between validations (pictures, held-out loss), and one before the first step and at the end; 0 does
     none"""
     validation_prompts: tuple[str, ...] = ()
-    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt)"""
+    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt); the captions of four
+    held-out rows when not given"""
     validation_image_paths: tuple[str, ...] = ()
-    """source image of each validation prompt, several of one prompt joined by commas; none draws from text alone"""
+    """source image of each validation prompt, several of one prompt joined by commas, '' for text alone"""
     num_validation_samples: int = 8
     """rows held out of training for the validation loss (at most a tenth of the data)"""
     num_inference_steps: int = 30
@@ -263,32 +264,44 @@ def load_records(cfg: Config, known_good: set[str]) -> tuple[list[Record], list[
     return hold_out(records, cfg.num_validation_samples, cfg.seed)
 
 
-def batch_shapes(records: list[Record], buckets: list[tuple[int, int]], train_batch_size: int) -> list[tuple]:
-    """What the samples of one micro-batch must share: the target's (width, height) and, because the transformer takes
-    one set of positions a batch, the sizes of all references. A batch of one leaves the references free."""
-    if train_batch_size == 1:
-        return buckets
-    references = [tuple(reference_size(*size) for size in record.source_sizes) for record in records]
-    return list(zip(buckets, references, strict=True)) if any(references) else buckets
+def reference_shapes(records: list[Record]) -> list[tuple] | None:
+    """The sizes of each row's references: what the rows of one micro-batch must share, because the transformer takes
+    one set of positions a batch. None where no row has any."""
+    shapes = [tuple(reference_size(*size) for size in record.source_sizes) for record in records]
+    return shapes if any(shapes) else None
 
 
-def read_validation_images(cfg: Config, n_prompts: int) -> list[list[Image.Image]]:
-    """The reference images of each validation prompt. ValueError when there are not as many as prompts, or one
-    cannot be used."""
+def read_validation_prompts(cfg: Config, held_out: list[Record]) -> tuple[list[str], list[list[Image.Image]]]:
+    """The validation prompts and the reference images of each, as settings name them, or of four held-out rows.
+
+    ValueError when there are not as many entries as prompts, or for an image that cannot be used.
+    """
+    prompts = read_prompts(cfg.validation_prompts)
+    if not prompts:
+        shown = held_out[:4]
+        sources = [
+            [load_image(record, cfg.train_data_dir, which=index) for index in range(len(record.source_file_path))]
+            for record in shown
+        ]
+        return [record.text for record in shown], sources
     if not cfg.validation_image_paths:
-        return [[] for _ in range(n_prompts)]
-    if len(cfg.validation_image_paths) != n_prompts:
+        return prompts, [[] for _ in prompts]
+    if len(cfg.validation_image_paths) != len(prompts):
         raise ValueError(
             f"validation_image_paths has {len(cfg.validation_image_paths)} entries, expected one for each of the "
-            f"{n_prompts} validation prompts (several images of one prompt joined by commas)"
+            f"{len(prompts)} validation prompts (several images of one prompt joined by commas, '' for none)"
         )
-    images = [[Path(path) for path in paths.split(",")] for paths in cfg.validation_image_paths]
+    images = [[Path(path) for path in paths.split(",") if path] for paths in cfg.validation_image_paths]
     for path in itertools.chain(*images):
         if not path.is_file():
             raise ValueError(f"validation_image_paths names {path}, which is not there; give paths of pictures")
-        if problem := reference_problem(*check_image(path.read_bytes(), decode=False, max_pixels=2**31)):
+        try:
+            problem = reference_problem(*check_image(path.read_bytes(), decode=True, max_pixels=2**31))
+        except ValueError as error:
+            problem = f"cannot be used: {error}"
+        if problem:
             raise ValueError(f"validation_image_paths: {path} {problem}")
-    return [[decode_image(path.read_bytes()) for path in paths] for paths in images]
+    return prompts, [[decode_image(path.read_bytes()) for path in paths] for paths in images]
 
 
 def reference_problem(width: int, height: int) -> str:
@@ -377,6 +390,7 @@ def open_cache(cfg: Config, run: Run, folder: Path) -> EmbeddingCache:
             run, lambda: {part: folder_fingerprint(folder / part) for part in ("vae", "text_encoder", "tokenizer")}
         ),
         "max_sequence_length": cfg.max_sequence_length,
+        "reference_pixels": REFERENCE_PIXELS,
         "latents": "moments" if cfg.cache_moments else "mode",
         "precision": cfg.mixed_precision,
     }
@@ -445,19 +459,32 @@ def refuse_distilled(cfg: Config, folder: Path) -> None:
         )
 
 
-def load_transformer(cfg: Config, run: Run, folder: Path | None) -> Flux2Transformer2DModel:
-    """The trained model in the strategy's weight dtype, filled shard by shard; random weights of the full size for the
-    benchmark."""
-    weights = Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
+def weights_folder(cfg: Config, folder: Path | None) -> Path | None:
+    """Where the weights to start from are; None for the benchmark's random ones."""
+    return Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
+
+
+def empty_transformer(cfg: Config, run: Run, folder: Path | None) -> Flux2Transformer2DModel:
+    """The model to train, without memory for its weights. Called before the data is encoded: what is not there or does
+    not fit is said at once."""
+    weights = weights_folder(cfg, folder)
     if weights and not (weights / "config.json").is_file():
         raise ValueError(f"transformer_path {weights} has no config.json; give a run's export/transformer, say")
-    config = Flux2Transformer2DModel.load_config(weights) if weights else FULL_SIZE
     with init_empty_weights():
-        transformer = Flux2Transformer2DModel.from_config(config)
-    dtype = runtime.weights_dtype(cfg, run.strategy.startswith("zero"))
+        transformer = Flux2Transformer2DModel.from_config(
+            Flux2Transformer2DModel.load_config(weights) if weights else FULL_SIZE
+        )
     parameters = sum(p.numel() for p in transformer.parameters())
     check_memory(run, cfg, parameters, ACTIVATIONS_GIB)
     check_disk(run, cfg, parameters)
+    return transformer
+
+
+def load_transformer(
+    cfg: Config, run: Run, folder: Path | None, transformer: Flux2Transformer2DModel
+) -> Flux2Transformer2DModel:
+    """Fill the model in the strategy's weight dtype, shard by shard; random weights for the benchmark."""
+    weights, dtype = weights_folder(cfg, folder), runtime.weights_dtype(cfg, run.strategy.startswith("zero"))
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if cfg.compile:
@@ -662,7 +689,7 @@ def draw_validation_images(run: Run, cfg: Config, models: Models, folder: Path) 
         if start + run.rank < len(prompts):
             image.save(folder / f"{index:03d}.png")
             for number, source in enumerate(sources):
-                source.save(folder / f"{index:03d}_source_{number}.png")
+                source.resize(reference_size(*source.size)).save(folder / f"{index:03d}_source_{number}.png")
             (folder / f"{index:03d}.txt").write_text(text + "\n")
     run.barrier()
     if run.is_main and prompts:
@@ -711,11 +738,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         folder = on_main(run, model_folder, cfg.pretrained_model_name_or_path, PARTS)
         refuse_distilled(cfg, folder)
+    transformer = empty_transformer(cfg, run, folder)
+    if not cfg.benchmark:
         scheduler_config = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
         cache = open_cache(cfg, run, folder)
         records, held_out = on_main(run, load_records, cfg, cache.known_good())
-        prompts = ["", *read_prompts(cfg.validation_prompts)]
-        validation_images = read_validation_images(cfg, len(prompts) - 1)
+        prompts, validation_images = read_validation_prompts(cfg, held_out)
+        prompts = ["", *prompts]
         sizes = make_buckets(cfg.resolution)
         rows = records + held_out
         buckets = [nearest_bucket(record.width, record.height, sizes) for record in rows]  # (width, height)
@@ -725,15 +754,16 @@ def main(argv: list[str] | None = None) -> None:
         encode(cfg, run, folder, cache, dict(zip(keys + prompt_keys, items, strict=True)))
         run.print(f"{len(records)} rows to train on, {len(held_out)} held out; {describe_buckets(buckets)}")
 
-    transformer = load_transformer(cfg, run, folder)
+    transformer = load_transformer(cfg, run, folder, transformer)
     transformer_config = json.loads(transformer.to_json_string())
     if cfg.benchmark:
-        dataset, bucket_ids = RandomSamples(cfg, transformer_config["joint_attention_dim"]), [0] * 64
+        dataset = RandomSamples(cfg, transformer_config["joint_attention_dim"])
+        bucket_ids, shape_ids = [0] * len(dataset), None
         empty_prompt_embeds = torch.randn(cfg.benchmark_prompt_tokens, transformer_config["joint_attention_dim"])
         empty_prompt_embeds = empty_prompt_embeds.bfloat16()
     else:
         dataset = CachedSamples(cache, keys[: len(records)])
-        bucket_ids = batch_shapes(records, buckets[: len(records)], cfg.train_batch_size)
+        bucket_ids, shape_ids = buckets[: len(records)], reference_shapes(records)
         empty_prompt_embeds = cache[prompt_keys[0]]["prompt_embeds"]
     if cfg.num_train_epochs:
         cfg.max_train_steps = -(
@@ -768,7 +798,7 @@ def main(argv: list[str] | None = None) -> None:
         if state["data"] != models.data_digest:
             run.print("the data changed since that checkpoint: the order of samples is not a continuation of it")
     sampler = MicroBatchSampler(
-        bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step
+        bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step, shape_ids
     )
     if run.is_main:
         save_config(cfg, Path(cfg.output_dir) / "config.yaml")

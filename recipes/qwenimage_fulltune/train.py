@@ -165,7 +165,8 @@ class Config:
     """steps between validations (pictures, held-out loss), and one before the first step and at the end; 0 does
     none"""
     validation_prompts: tuple[str, ...] = ()
-    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt)"""
+    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt); the captions of four
+    held-out rows when not given"""
     num_validation_samples: int = 8
     """rows held out of training for the validation loss (at most a tenth of the data)"""
     num_inference_steps: int = 30
@@ -356,19 +357,32 @@ class Models:
     held_out: list[dict] = dataclasses.field(default_factory=list)  # encoded rows
 
 
-def load_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTransformer2DModel:
-    """The trained model in the strategy's weight dtype, filled shard by shard; random weights of the default (full)
-    size for the benchmark."""
-    weights = Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
+def weights_folder(cfg: Config, folder: Path | None) -> Path | None:
+    """Where the weights to start from are; None for the benchmark's random ones."""
+    return Path(cfg.transformer_path) if cfg.transformer_path else folder and folder / "transformer"
+
+
+def empty_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTransformer2DModel:
+    """The model to train, without memory for its weights. Called before the data is encoded: what is not there or does
+    not fit is said at once."""
+    weights = weights_folder(cfg, folder)
     if weights and not (weights / "config.json").is_file():
         raise ValueError(f"transformer_path {weights} has no config.json; give a run's export/transformer, say")
-    config = QwenImageTransformer2DModel.load_config(weights) if weights else {}
     with init_empty_weights():
-        transformer = QwenImageTransformer2DModel.from_config(config)
-    dtype = runtime.weights_dtype(cfg, run.strategy.startswith("zero"))
+        transformer = QwenImageTransformer2DModel.from_config(
+            QwenImageTransformer2DModel.load_config(weights) if weights else {}
+        )
     parameters = sum(p.numel() for p in transformer.parameters())
     check_memory(run, cfg, parameters, ACTIVATIONS_GIB)
     check_disk(run, cfg, parameters)
+    return transformer
+
+
+def load_transformer(
+    cfg: Config, run: Run, folder: Path | None, transformer: QwenImageTransformer2DModel
+) -> QwenImageTransformer2DModel:
+    """Fill the model in the strategy's weight dtype, shard by shard; random weights for the benchmark."""
+    weights, dtype = weights_folder(cfg, folder), runtime.weights_dtype(cfg, run.strategy.startswith("zero"))
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if cfg.compile:
@@ -598,10 +612,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         folder = on_main(run, model_folder, cfg.pretrained_model_name_or_path, PARTS)
+    transformer = empty_transformer(cfg, run, folder)
+    if not cfg.benchmark:
         scheduler_config = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
         cache = open_cache(cfg, run, folder)
         records, held_out = on_main(run, load_records, cfg, cache.known_good())
-        prompts = ["", *read_prompts(cfg.validation_prompts)]
+        prompts = ["", *(read_prompts(cfg.validation_prompts) or [record.text for record in held_out[:4]])]
         sizes = make_buckets(cfg.resolution)
         rows = records + held_out
         buckets = [nearest_bucket(record.width, record.height, sizes) for record in rows]  # (width, height)
@@ -611,7 +627,7 @@ def main(argv: list[str] | None = None) -> None:
         encode(cfg, run, folder, cache, dict(zip(keys + prompt_keys, items, strict=True)))
         run.print(f"{len(records)} rows to train on, {len(held_out)} held out; {describe_buckets(buckets)}")
 
-    transformer = load_transformer(cfg, run, folder)
+    transformer = load_transformer(cfg, run, folder, transformer)
     transformer_config = json.loads(transformer.to_json_string())
     if cfg.benchmark:
         dataset, bucket_ids = RandomSamples(cfg, transformer_config["joint_attention_dim"]), [0] * 64

@@ -82,6 +82,14 @@ def test_losses_are_those_of_one_process(runs, strategy):
     assert all(means[0][step] == pytest.approx(means[1][step], abs=1e-6) for step in range(1, STEPS + 1))
 
 
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").is_file(), reason="libaio's headers are missing")
+def test_losses_under_zero3_nvme(runs):
+    """Catches a launch file that no longer fits: it refuses averaged weights, so it runs on its own."""
+    nvme = runs.launched("zero3_nvme", "zero3_nvme", *SPLIT, "--checkpointing_steps", SAVED, "--export_model")
+    assert largest_difference(column(nvme), column(runs.reference())) < 1e-4
+    assert (nvme / "export/transformer/config.json").is_file()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_exports_are_equal(runs, strategy):
     """Catches an export of half the weights, of stale ones, or of the trained ones where averages are kept (EMA): the
