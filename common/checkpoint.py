@@ -73,17 +73,19 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     run.barrier()
     if run.strategy.startswith("zero"):
-        model.save_checkpoint(str(partial), tag="deepspeed")
+        model.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=has_frozen(model))
         if nvme.uses_nvme(model):
             torch.save(nvme.state_beside(model.optimizer), partial / f"nvme_rank{run.rank}.pt")
     elif run.strategy == "fsdp2":
         _save_fsdp2(run, partial, model, optimizer)
     elif run.is_main:
-        weights = run.unwrap(model).state_dict()
+        weights = trained_state(run.unwrap(model))
         (partial / "model").mkdir()
         sizes = {name: tensor.nbytes for name, tensor in weights.items()}
         write_shards(iter(weights.items()), sizes, partial / "model", SHARD_BYTES)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    if run.is_main and run.accelerator.scaler is not None:
+        torch.save(run.accelerator.scaler.state_dict(), partial / "scaler.pt")
     if ema is not None and (run.sharded or run.is_main):
         torch.save(ema.shadow, partial / f"ema_rank{run.rank}.pt")
     if run.is_main:
@@ -134,6 +136,8 @@ def load_checkpoint(
     else:
         _load_replicated(run.unwrap(model), folder / "model")
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False))
+    if run.accelerator.scaler is not None and (folder / "scaler.pt").is_file():
+        run.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt"))
     if ema is not None:
         file = folder / f"ema_rank{run.rank if run.sharded else 0}.pt"
         if not file.is_file():
@@ -144,10 +148,22 @@ def load_checkpoint(
     return state
 
 
+def has_frozen(model: nn.Module) -> bool:
+    return not all(p.requires_grad for p in model.parameters())
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps: the whole state dict, or the parameters that train alone where others are frozen (an
+    adapter on a large base)."""
+    if has_frozen(model):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return model.state_dict()
+
+
 @torch.no_grad()
 def _load_replicated(model: nn.Module, folder: Path) -> None:
     """Copy saved tensors into the model one at a time; names and shapes must be the model's."""
-    own = model.state_dict()
+    own = trained_state(model)
     read = safetensors_reader(folder, set(own))
     for name, tensor in own.items():
         tensor.copy_(read(name, tuple(tensor.shape), slice(None)))
@@ -155,7 +171,7 @@ def _load_replicated(model: nn.Module, folder: Path) -> None:
 
 def _load_deepspeed(run: Run, folder: Path, engine: nn.Module) -> None:
     if not nvme.uses_nvme(engine):
-        engine.load_checkpoint(str(folder), tag="deepspeed")
+        engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=not has_frozen(engine))
         return
     nvme.before_load(engine.optimizer)
     engine.load_checkpoint(str(folder), tag="deepspeed")

@@ -110,6 +110,7 @@ class Place(NamedTuple):
     sample: int  # index into the data set
     step: int  # optimizer step
     position: int  # within the step's group, from 0
+    group: tuple[int, ...] = ()  # samples of the whole step, over all micro-batches and processes
 
 
 class MicroBatchSampler(Sampler[list[Place]]):
@@ -148,9 +149,10 @@ class MicroBatchSampler(Sampler[list[Place]]):
     def __iter__(self) -> Iterator[list[Place]]:
         groups = step_groups(self.bucket_ids, self.seed, [*self.segments, (self.group_size, None)])
         for step, group in enumerate(groups, start=self.start_step):
+            whole = tuple(group)
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [Place(group[at], step, at) for at in range(first, first + self.batch_size)]
+                yield [Place(group[at], step, at, whole) for at in range(first, first + self.batch_size)]
 
 
 def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:

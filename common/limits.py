@@ -14,7 +14,8 @@ import torch
 from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
 from common.runtime import Run, stop
 
-CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}  # a parameter
+# a parameter
+CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
 
 
 def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:

@@ -38,6 +38,7 @@ class Record:
     digest: str = ""  # blake2b of the target's and the sources' bytes; with the size filled in by check_records
     width: int = 0  # pixels, after EXIF rotation
     height: int = 0
+    source_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each source image
     where: str = ""  # "train.jsonl line 7", for messages
     problem: str = ""  # what load_manifest found wrong with the row; check_records reports it
     # Target, then sources: ("tar", path, offset, size) or ("parquet", path, row, column); () for ordinary files.
@@ -256,7 +257,10 @@ def _check(record: Record, train_data_dir: str | Path, known_good: Collection[st
         return dataclasses.replace(record, problem=f"{names[place]}missing")
     except (OSError, ValueError) as error:
         return dataclasses.replace(record, problem=f"{names[place]}{error}")
-    return dataclasses.replace(record, digest=digest.hexdigest(), width=sizes[0][0], height=sizes[0][1])
+    (width, height), *source_sizes = sizes
+    return dataclasses.replace(
+        record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
+    )
 
 
 def check_records(

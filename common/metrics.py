@@ -32,6 +32,7 @@ class Meter:
         self.folder = Path(cfg.output_dir)
         self.curve_drawn = 0.0
         self.peak_flops = matmul_ceiling(run.device)
+        self.skipped_steps = self.nonfinite_steps = 0  # of an fp16 run's scaler; in a row
         self.bar: tqdm | None = None  # begins with the first step, so that a validation before it does not count
         self.start_step()
         if run.is_main:
@@ -89,6 +90,9 @@ class Meter:
             "data_wait": self.data_wait,
             "peak_memory_gib": peak_memory_gib(self.run.device),
         }
+        if self.run.accelerator.scaler is not None:
+            self.skipped_steps += int(self.run.accelerator.optimizer_step_was_skipped)
+            row["skipped_steps"] = self.skipped_steps
         last = step == self.cfg.max_train_steps or runtime.stop_requested()
         if self.run.is_main and (last or step == 1 or step % self.cfg.logging_steps == 0):
             append_row(self.folder / "metrics.jsonl", row)
@@ -107,7 +111,8 @@ class Meter:
             )
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}", s=f"{seconds:.2f}", refresh=False)
         self.bar.update(1)
-        if not math.isfinite(row["loss"]):
+        self.nonfinite_steps = 0 if math.isfinite(row["loss"]) else self.nonfinite_steps + 1
+        if self.nonfinite_steps > getattr(self.cfg, "max_nonfinite_steps", 0):
             raise ValueError(
                 f"the loss is {row['loss']} at step {step}: lower --learning_rate (got {self.cfg.learning_rate}), "
                 "keep --max_grad_norm at 1.0, "

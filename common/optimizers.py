@@ -4,6 +4,7 @@
 |---|---|---|
 | adamw | fp32 masters, bf16 compute | 16 |
 | adamw_8bit | fp32 masters, 8-bit moments (bitsandbytes) | 10 |
+| paged_adamw_8bit | the same, moments moved to main memory when the GPU is full | 10 |
 | flash_adamw | bf16 + 8 master bits, 8-bit moments (flashoptim) | 7, with gradient release 5 |
 | adafactor | bf16 with stochastic rounding, factored moments | 4, with gradient release 2 |
 
@@ -16,16 +17,16 @@ import math
 import torch
 from torch import Tensor
 
-BYTES_PER_PARAMETER = {"adamw": 16, "adamw_8bit": 10, "flash_adamw": 7, "adafactor": 4}
+BYTES_PER_PARAMETER = {"adamw": 16, "adamw_8bit": 10, "paged_adamw_8bit": 10, "flash_adamw": 7, "adafactor": 4}
 BYTES_WITH_RELEASE = {"flash_adamw": 5, "adafactor": 2}
 
 
 def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
     """Refuse what cannot work, with the reason and the way out. strategy: single, ddp, fsdp2, zero2, zero3."""
     name = cfg.optimizer
-    if name == "adamw_8bit" and strategy in ("fsdp2", "zero2", "zero3"):
+    if name in ("adamw_8bit", "paged_adamw_8bit") and strategy in ("fsdp2", "zero2", "zero3"):
         raise ValueError(
-            f"optimizer adamw_8bit cannot run under {strategy}: bitsandbytes keeps its 8-bit moments in blocks "
+            f"optimizer {name} cannot run under {strategy}: bitsandbytes keeps its 8-bit moments in blocks "
             "that do not follow the shards; "
             "use flash_adamw under fsdp2, adamw under DeepSpeed, or LAUNCH=single or ddp"
         )
@@ -78,10 +79,10 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **adam)
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=on_cuda and not offload, **adam)
-    if cfg.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+    if cfg.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return AdamW8bit(parameters, **adam)
+        return (AdamW8bit if cfg.optimizer == "adamw_8bit" else PagedAdamW8bit)(parameters, **adam)
     if cfg.optimizer == "flash_adamw":
         from flashoptim import FlashAdamW
 

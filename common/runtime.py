@@ -18,7 +18,7 @@ from common.optimizers import GradientRelease, check_optimizer
 from common.sharding import shard_model
 
 Result = TypeVar("Result")
-stop = {"asked": False, "agreed": False}
+stop = {"asked": False, "agreed": False, "reason": ""}
 
 
 @dataclass
@@ -118,7 +118,7 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         cpu=not on_cuda and not uses_deepspeed,
-        mixed_precision="bf16" if cfg.mixed_precision == "bf16" and (uses_deepspeed or has_fp32_weights) else "no",
+        mixed_precision=cfg.mixed_precision if uses_deepspeed or has_fp32_weights else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -178,7 +178,7 @@ def weights_dtype(cfg, uses_deepspeed: bool) -> torch.dtype:
 
     flash_adamw on a CPU has no extra bits, so its weights are fp32 there.
     """
-    if cfg.mixed_precision != "bf16":
+    if cfg.mixed_precision != "bf16":  # under fp16 too: weights that train are fp32 masters there
         return torch.float32
     keeps_precision = cfg.optimizer == "adafactor" or (cfg.optimizer == "flash_adamw" and torch.cuda.is_available())
     return torch.bfloat16 if uses_deepspeed or keeps_precision else torch.float32
@@ -234,9 +234,14 @@ def _handle_signals() -> None:
 
 
 def stop_requested() -> bool:
-    """True once any process got SIGTERM, SIGUSR1 or Ctrl-C and all have agreed (in Meter.log): finish the step,
-    save."""
+    """True once any process got SIGTERM, SIGUSR1 or Ctrl-C and all have agreed (in Meter.log), or all processes called
+    request_stop: finish the step, save."""
     return stop["agreed"]
+
+
+def request_stop(reason: str) -> None:
+    """End the loop after this step, because training is done (early stopping). Called on every process."""
+    stop.update(agreed=True, reason=reason)
 
 
 def _trackers(report_to: str) -> str | None:

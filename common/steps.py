@@ -14,11 +14,14 @@ def seed_step(seed: int, micro_step: int, rank: int) -> None:
     set_seed((seed * 1_000_003 + micro_step * 4_099 + rank) % 2**32)
 
 
-def lr_factor(step: int, cfg) -> float:
+def lr_factor(step: int, cfg, schedule=None) -> float:
     """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero.
 
-    No state to save.
+    A function of the step, so there is no state to save; a recipe whose rate also depends on what validation found
+    gives a `schedule` with a `factor`, and saves it.
     """
+    if schedule is not None:
+        return schedule.factor * lr_factor(step, cfg)
     if step < cfg.lr_warmup_steps:
         return (step + 1) / (cfg.lr_warmup_steps + 1)
     progress = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
@@ -37,13 +40,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def clip_gradients(run: Run, model: torch.nn.Module, max_norm: float) -> float:
     """Clip to a global norm (0: measure only) and return the norm before clipping, over all shards.
 
-    DeepSpeed has clipped by itself.
+    DeepSpeed has clipped by itself. Under fp16 the gradients are unscaled first.
     """
     if run.strategy.startswith("zero"):
         norm = model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
     if run.release is not None:
         return run.release.grad_norm(sharded=run.strategy == "fsdp2")
+    run.accelerator.unscale_gradients()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(
         parameters, max_norm if max_norm > 0 else math.inf, foreach=None if run.offload else True
@@ -58,17 +62,18 @@ def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
     """
     if run.world_size == 1:
         return
+    trained = [p for p in model.parameters() if p.requires_grad]
     if run.strategy == "fsdp2":
-        assert all(hasattr(p, "device_mesh") for p in model.parameters()), (
+        assert all(hasattr(p, "device_mesh") for p in trained), (
             "fsdp2 was asked for, but parameters are not sharded"
         )
         return
     if run.strategy == "zero3":
-        assert all(hasattr(p, "ds_tensor") for p in model.parameters()), (
+        assert all(hasattr(p, "ds_tensor") for p in trained), (
             "ZeRO-3 was asked for, but parameters are not partitioned"
         )
         return
-    checksum = sum(p.detach().double().sum() for p in model.parameters()).reshape(1)
+    checksum = sum(p.detach().double().sum() for p in trained).reshape(1)
     sums = [torch.empty_like(checksum) for _ in range(run.world_size)]
     torch.distributed.all_gather(sums, checksum)
     assert all(torch.equal(s, sums[0]) for s in sums), (

@@ -425,8 +425,9 @@ def steps_of_all_ranks(n, world_size, batch, accumulation, **kwargs):
     } | kwargs
     for rank in range(world_size):
         for micro in take(n, rank=rank, **options):
-            assert len(micro) == batch and len({step for _, step, _ in micro}) == 1
-            for index, step, position in micro:
+            assert len(micro) == batch and len({place.step for place in micro}) == 1
+            for index, step, position, group in micro:
+                assert group[position] == index and len(group) == world_size * batch * accumulation
                 assert position not in steps.setdefault(step, {}), "two ranks share a sample"
                 steps[step][position] = index
     for group in steps.values():
@@ -500,8 +501,7 @@ def test_stream_is_a_function_of_seed_and_epoch():
 
 class Squares(torch.utils.data.Dataset):
     def __getitem__(self, item):
-        index, step, position = item
-        return index**2, step, position, os.getpid()
+        return item.sample**2, item.step, item.position, os.getpid()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -513,7 +513,7 @@ def test_loader(workers):
     assert torch.equal(before, torch.get_rng_state())  # the global generator is untouched
     expected = islice(sampler, 12)
     assert [[sample[:3] for sample in batch] for batch in batches] == [
-        [(i**2, s, p) for i, s, p in batch] for batch in expected
+        [(place.sample**2, place.step, place.position) for place in batch] for batch in expected
     ]
     pids = {sample[3] for batch in batches for sample in batch}
     assert len(pids) == max(workers, 1) and (os.getpid() in pids) == (workers == 0)

@@ -100,8 +100,8 @@ class Config:
     """recompute activations in backward: less memory, a quarter more time"""
     compile: bool = False
     """torch.compile the repeated blocks (about a minute at the start, a third faster on an H100)"""
-    mixed_precision: Literal["bf16", "no"] = "bf16"
-    """bf16 compute; "no" is float32 throughout"""
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """compute in bf16, or in fp16 with a loss scale (adapters on cards without bf16); "no" is float32 throughout"""
     max_train_steps: int = 1000
     """optimizer steps"""
     num_train_epochs: int = 0
@@ -109,7 +109,7 @@ class Config:
     dataloader_num_workers: int = 2
     """processes that read the cache ahead"""
 
-    optimizer: Literal["adamw", "adamw_8bit", "flash_adamw", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "flash_adamw", "adafactor"] = "adamw"
     """see common/optimizers.py for memory and where each may run"""
     gradient_release: bool = False
     """step each parameter inside backward and free its gradient; no accumulation, no clipping"""
@@ -171,7 +171,7 @@ class Config:
     num_inference_steps: int = 30
     """sampling steps of validation pictures"""
     guidance_scale: float = 4.0
-    """classifier-free guidance of validation pictures (the pipeline's true_cfg_scale)"""
+    """classifier-free guidance of validation pictures"""
     logging_steps: int = 1
     """steps between rows of metrics.jsonl"""
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
@@ -198,6 +198,10 @@ class Config:
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision fp16 is for adapters: this model's activations overflow it; use bf16, or no"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is a share between 0 and 1, got {self.caption_dropout}")
         if self.num_inference_steps < 2:
@@ -344,6 +348,7 @@ class Models:
     scheduler_config: dict
     empty_prompt_embeds: Tensor  # (L, D) of "", for caption dropout and guidance
     dtype: torch.dtype  # what the transformer computes in
+    schedule: None = None  # the learning rate is a function of the step: no state to keep
     data_digest: str = ""  # of rows and buckets, to notice on resume that the data changed
     ema: Ema | None = None
     vae: AutoencoderKLQwenImage | None = None
@@ -659,7 +664,7 @@ def main(argv: list[str] | None = None) -> None:
     first_step = step
     # ---- loop: identical in every recipe ----
     while step < cfg.max_train_steps and not runtime.stop_requested():
-        learning_rate = cfg.learning_rate * lr_factor(step, cfg)  # a function of the step: no scheduler state to save
+        learning_rate = cfg.learning_rate * lr_factor(step, cfg, models.schedule)
         set_learning_rate(optimizer, learning_rate)
         step_loss = torch.zeros((), device=run.device)
         meter.start_step()
@@ -681,11 +686,11 @@ def main(argv: list[str] | None = None) -> None:
         if step == first_step + 1:
             assert_ranks_agree(run, model)
         meter.log(step, step_loss, learning_rate, grad_norm)
+        if cfg.validation_steps and (step == cfg.max_train_steps or step % cfg.validation_steps == 0):
+            validate(run, cfg, models, step)
         last = step == cfg.max_train_steps or runtime.stop_requested()
         if cfg.checkpointing_steps and (last or step % cfg.checkpointing_steps == 0):
             save(run, cfg, models, optimizer, sampler, step)
-        if cfg.validation_steps and (step == cfg.max_train_steps or step % cfg.validation_steps == 0):
-            validate(run, cfg, models, step)
     # ---- end loop ----
 
     meter.close()
