@@ -6,6 +6,7 @@ Writes POOL/face_retention_<split>.jsonl (see rows.py) and POOL/images/. A face 
 """
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
 from faces import Face, Job, choose_pool_faces, make_pictures
-from rows import SPLITS, make_row, new_folder, write_rows
+from rows import make_row, new_folder, share_out, write_rows
 
 from common.limits import explained_errors
 
@@ -32,20 +33,6 @@ def face_questions(face: Face) -> list[tuple[str, str]]:
     ]
 
 
-def share_out(items: Sequence, shares: Sequence[float]) -> dict[str, list]:
-    """{split: its items} in the order given; the shares of train, validation and test are relative, at least one item
-    each.
-
-    ValueError when there are too few items.
-    """
-    ends = [round(sum(shares[: i + 1]) / sum(shares) * len(items)) for i in range(len(SPLITS))]
-    parts = {split: list(items[start:end]) for split, start, end in zip(SPLITS, [0, *ends], ends)}
-    if min(shares) <= 0 or not all(parts.values()):
-        sizes = ", ".join(f"{split} {len(part)}" for split, part in parts.items())
-        raise ValueError(f"--split {' '.join(map(str, shares))} of {len(items)} gives {sizes}; each needs one or more")
-    return parts
-
-
 def generate(
     output_dir: Path,
     num_faces: int,
@@ -58,7 +45,7 @@ def generate(
     """Write pictures and rows: one picture and four questions a face."""
     parts = share_out(choose_pool_faces(num_faces, seed), shares)
     new_folder(output_dir)
-    paths = {face: PurePosixPath(f"images/f{i:05d}.png") for i, face in enumerate(sum(parts.values(), []))}
+    paths = {face: PurePosixPath(f"images/f{i:05d}.png") for i, face in enumerate(itertools.chain(*parts.values()))}
     jobs = [Job(output_dir / path, face, 1) for face, path in paths.items()]
     make_pictures(jobs, image_size, seed, image_model, num_workers)
     for split, faces in parts.items():

@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
-from generate_face_retention_pool import share_out
-from rows import make_row, new_folder, write_rows
+from rows import make_row, new_folder, share_out, write_rows
 
 from common import shapes
 from common.limits import explained_errors
@@ -47,7 +46,7 @@ def generate(
     parts = share_out(random.Random(seed).sample(scenes, num_objects), shares)
     new_folder(output_dir)
     (output_dir / "images").mkdir()
-    paths = {scene: PurePosixPath(f"images/o{i:05d}.png") for i, scene in enumerate(sum(parts.values(), []))}
+    paths = {scene: PurePosixPath(f"images/o{i:05d}.png") for i, scene in enumerate(itertools.chain(*parts.values()))}
     for scene, path in paths.items():
         draw_object(scene, image_size, random.Random(f"{seed} {scene}")).save(output_dir / path)
     for split, part in parts.items():

@@ -78,3 +78,17 @@ def new_folder(path: Path) -> Path:
         raise ValueError(f"output_dir {path} is not empty; take another, or delete it first")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def share_out(items: Sequence, shares: Sequence[float]) -> dict[str, list]:
+    """{split: its items} in the order given; the shares of train, validation and test are relative, at least one item
+    each.
+
+    ValueError when there are too few items.
+    """
+    ends = [round(sum(shares[: i + 1]) / sum(shares) * len(items)) for i in range(len(SPLITS))]
+    parts = {split: list(items[start:end]) for split, start, end in zip(SPLITS, [0, *ends], ends)}
+    if min(shares) <= 0 or not all(parts.values()):
+        sizes = ", ".join(f"{split} {len(part)}" for split, part in parts.items())
+        raise ValueError(f"--split {' '.join(map(str, shares))} of {len(items)} gives {sizes}; each needs one or more")
+    return parts
