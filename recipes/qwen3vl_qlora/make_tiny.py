@@ -308,16 +308,17 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size, steps = (256, int(8000 * scale)) if device == "cuda" else (32, int(24000 * scale))
     torch.backends.cuda.matmul.allow_tf32 = True
-    processor = build_processor()
-    model = build_model(processor, weights=None).to(device).train()
-    attend_in_batches(model)
-    jobs, rows = pretraining_rows(int(9000 * scale), int(6000 * scale), int(30000 * scale))
+    jobs, rows = pretraining_rows(int(6000 * scale), int(4000 * scale), int(20000 * scale))
     with Pool() as pool:
         pictures = pool.map(draw, jobs, chunksize=16)
-    encoded = [processor.image_processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures]
-    pixels = torch.stack(encoded).half().to(device)  # (N, 36, 1536)
+    processor = build_processor()
+    chunks = [pictures[start : start + 256] for start in range(0, len(pictures), 256)]
+    pixels = torch.cat([processor.image_processor(some, return_tensors="pt")["pixel_values"] for some in chunks])
+    pixels = pixels.unflatten(0, (len(pictures), -1)).half().to(device)  # (N, 36, 1536)
     input_ids, labels, numbers = (tensor.to(device) for tensor in encode(rows, processor))
     print(f"{len(pictures)} pictures, {len(rows)} rows, {steps} steps of {batch_size} on {device}", flush=True)
+    model = build_model(processor, weights=None).to(device).train()
+    attend_in_batches(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
     generator = torch.Generator(device).manual_seed(SEED)
     for step in range(steps):
