@@ -1,32 +1,31 @@
-"""QLoRA fine-tuning of Qwen3-VL (Qwen3VLForConditionalGeneration): a 4-bit base that stays as it is, small adapters on the
-attention of its language model. From one V100 32GB up. Read it top to bottom.
+"""QLoRA fine-tuning of Qwen3-VL (Qwen3VLForConditionalGeneration): a 4-bit base that stays as it is, small adapters on
+the attention of its language model. From one V100 32GB up. Read it top to bottom.
 
     bash run.sh                                            the tiny model and drawn faces, on any machine
     bash run.sh full --train_data_dir DATA --task forward  the real model, on the machine that configs/full.yaml names
 
-Order: Config, data, load_model, compute_loss, the plateau schedule, validate, save, main with the loop.
+Order: Config, model, compute_loss, validate, save, main with the loop. Rows and labels are in conversations.py, the
+learning rate's plateau schedule in plateau.py.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 RECIPE = Path(__file__).resolve().parent
 REPOSITORY = next(folder for folder in RECIPE.parents if (folder / "common").is_dir())
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(RECIPE), str(REPOSITORY)]
 
-import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from conversations import IGNORE_INDEX, Conversations, Row, Rows, collate, encode, load_all_rows, resolve_pools
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
+from plateau import Schedule, next_schedule, plateau_warning
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -37,17 +36,12 @@ from common.checkpoint import claim_output_dir, find_checkpoint, load_checkpoint
 from common.config import changed_settings, parse_config, save_config
 from common.data import MicroBatchSampler, Place, data_digest, make_loader
 from common.folders import model_folder, resolve_paths
-from common.images import check_image, decode_image
 from common.limits import explained_errors
-from common.manifest import inside_folder
 from common.metrics import Meter, append_row, print_benchmark, write_environment
 from common.optimizers import build_optimizer
 from common.runtime import Run, on_main
 from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
 
-IGNORE_INDEX = -100  # what cross_entropy leaves out
-ANSWER_START, ANSWER_END = "<|im_start|>assistant\n", "<|im_end|>"
-IMAGE_TOKEN = "<|image_pad|>"
 TARGETS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"  # none of the vision tower, whose layers are qkv and proj
 )
@@ -91,7 +85,8 @@ class Config:
     task: Literal["forward", "reverse"] = "forward"
     """train on <task>_train.jsonl: picture -> description, or description and picture -> Correct or Wrong"""
     face_retention_pool: str | None = None
-    """folder made by generate_face_retention_pool.py, mixed in so that what the base can do is kept"""
+    """folder made by generate_face_retention_pool.py, mixed in so that what the base can do is kept; may be relative
+    to train_data_dir"""
     object_retention_pool: str | None = None
     """folder made by generate_object_retention_pool.py, mixed in likewise"""
     retention_ratio: float = 0.3
@@ -234,200 +229,6 @@ class Config:
 # ---------------------------------------------------------------- data
 
 
-@dataclass
-class Row:
-    """One line of a JSONL file after the check: a conversation with its images, the last turn being the answer."""
-
-    folder: str  # that `images` are relative to
-    where: str  # "forward_train.jsonl line 7", for messages
-    images: list[str]
-    messages: list[dict]
-    length: int = 0  # tokens, images included
-    answer_tokens: int = 0  # tokens with a label
-    digest: str = ""  # of the line and of the images' bytes
-    problem: str = ""
-    too_long: bool = False
-
-
-def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, max_length: int) -> Row:
-    """Read and check one line; what is wrong with it goes into the row's `problem`."""
-    row = Row(str(folder), where, [], [])
-    try:
-        content = json.loads(line)
-        row.images, row.messages = list(content["images"]), list(content["messages"])
-        turns = [(message["role"], part_texts(message)) for message in row.messages]
-        parts = [
-            part for message in row.messages if not isinstance(message["content"], str) for part in message["content"]
-        ]
-        pictures = sum(part["type"] == "image" for part in parts)
-    except (ValueError, KeyError, TypeError) as error:
-        row.problem = f"not a row ({type(error).__name__}: {error}); expected the keys images and messages"
-        return row
-    answer = "".join(turns[-1][1]) if turns and turns[-1][0] == "assistant" else ""
-    if pictures != len(row.images):
-        row.problem = f"{pictures} image parts in messages, {len(row.images)} images; expected the same number"
-    elif not answer.strip():
-        row.problem = "the last turn must be the assistant's answer, and not empty"
-    elif ANSWER_END in answer or ANSWER_START in answer:
-        row.problem = f"the answer contains {ANSWER_START!r} or {ANSWER_END!r}, which end it for the model"
-    elif any(IMAGE_TOKEN in text for _, texts in turns for text in texts):
-        row.problem = f"a text contains {IMAGE_TOKEN}, which stands for an image"
-    if row.problem:
-        return row
-    digest, image_tokens = hashlib.blake2b(line.encode(), digest_size=16), 0
-    for name in row.images:
-        try:
-            data = inside_folder(folder, name).read_bytes()
-            width, height = check_image(data, decode=True, max_pixels=Image.MAX_IMAGE_PIXELS or 2**62)
-        except FileNotFoundError:
-            row.problem = f"{name}: missing"
-            return row
-        except (OSError, ValueError) as error:
-            row.problem = f"{name}: {error}"
-            return row
-        digest.update(data)
-        images = processor.image_processor
-        image_tokens += images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
-    input_ids = processor.tokenizer(processor.apply_chat_template(row.messages, tokenize=False)).input_ids
-    start, end = answer_span(input_ids, processor.tokenizer)
-    row.answer_tokens, row.length = end - start, len(input_ids) - len(row.images) + image_tokens
-    row.digest, row.too_long = digest.hexdigest(), row.length > max_length
-    if row.too_long:
-        row.problem = f"{row.length} tokens ({image_tokens} of them images), max_length is {max_length}"
-    return row
-
-
-def part_texts(message: dict) -> list[str]:
-    """The text parts of one turn, whose content is a string or a list of parts."""
-    content = message["content"]
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-
-
-def answer_span(input_ids: Sequence[int], tokenizer) -> tuple[int, int]:
-    """(start, end) of the tokens with labels: what follows the last "<|im_start|>assistant\\n" up to its <|im_end|>,
-    which is included.
-
-    The whole sequence is looked for, and the last one is taken: "assistant", and even the sequence itself, may stand
-    in a question.
-    """
-    marker = tokenizer(ANSWER_START, add_special_tokens=False).input_ids
-    starts = [i for i in range(len(input_ids) - len(marker) + 1) if list(input_ids[i : i + len(marker)]) == marker]
-    assert starts, "the chat template wrote no assistant turn"
-    start = starts[-1] + len(marker)
-    end = list(input_ids).index(tokenizer.convert_tokens_to_ids(ANSWER_END), start) + 1
-    return start, end
-
-
-def load_rows(cfg: Config, file: Path, processor: Qwen3VLProcessor) -> list[Row]:
-    """The good rows of a file. ValueError lists the bad ones, unless on_bad_rows or on_long_rows says to skip them."""
-    if not file.is_file():
-        there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
-        raise ValueError(f"no file {file}; JSONL files in that folder: {there}; generate_data.py writes them")
-    lines = [(number, line) for number, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()]
-    rows = [check_row(line, file.parent, f"{file.name} line {n}", processor, cfg.max_length) for n, line in lines]
-    bad = [row for row in rows if row.problem]
-    fatal = [row for row in bad if (cfg.on_long_rows if row.too_long else cfg.on_bad_rows) == "error"]
-    if fatal or len(bad) == len(rows):
-        flag = "--on_long_rows skip, or a larger --max_length" if fatal and fatal[0].too_long else "--on_bad_rows skip"
-        listed = "".join(f"\n  {row.where}: {row.problem}" for row in (fatal or bad)[:20])
-        raise ValueError(f"{len(bad)} of {len(rows)} rows of {file} cannot be used; mend them, or {flag}:{listed}")
-    if bad:
-        for row in bad:
-            append_row(Path(cfg.output_dir) / "bad_rows.jsonl", {"where": row.where, "reason": row.problem})
-        print(f"{len(bad)} of {len(rows)} rows of {file} left out, listed in {cfg.output_dir}/bad_rows.jsonl")
-    return [row for row in rows if not row.problem]
-
-
-def retention_files(cfg: Config, split: str) -> list[Path]:
-    pools = {"face_retention": cfg.face_retention_pool, "object_retention": cfg.object_retention_pool}
-    return [Path(folder) / f"{task}_{split}.jsonl" for task, folder in pools.items() if folder]
-
-
-def draw_retention(pools: list[list[Row]], n_task_rows: int, ratio: float, seed: int) -> list[Row]:
-    """Retention rows for n_task_rows rows of the task, so that they are `ratio` of all: an equal share from each pool,
-    none twice, the same ones for the same seed. ValueError when a pool is too small."""
-    if not pools:
-        return []
-    wanted = round(n_task_rows * ratio / (1 - ratio))
-    drawn = []
-    for number, pool in enumerate(pools):
-        share = wanted // len(pools) + (number < wanted % len(pools))
-        if share > len(pool):
-            raise ValueError(
-                f"retention_ratio {ratio} with {n_task_rows} rows of the task needs {share} rows of {pool[0].folder}, "
-                f"which has {len(pool)}; make a larger pool, or lower --retention_ratio"
-            )
-        drawn += [pool[i] for i in np.random.RandomState([seed, number]).permutation(len(pool))[:share]]
-    return drawn
-
-
-@dataclass
-class Rows:
-    """All rows of a run: to train on (task and retention), to validate on (apart)."""
-
-    train: list[Row]
-    task: list[Row]
-    retention: list[Row]
-
-
-def load_all_rows(cfg: Config, processor: Qwen3VLProcessor) -> Rows:
-    train_file = Path(cfg.train_data_dir) / (cfg.train_data_meta or f"{cfg.task}_train.jsonl")
-    task = load_rows(cfg, train_file, processor)
-    pools = [load_rows(cfg, file, processor) for file in retention_files(cfg, "train")]
-    rows = Rows([*task, *draw_retention(pools, len(task), cfg.retention_ratio, cfg.seed)], [], [])
-    if cfg.validation_steps or cfg.validation_epochs:
-        most = cfg.max_validation_rows or None
-        rows.task = load_rows(cfg, Path(cfg.train_data_dir) / f"{cfg.task}_validation.jsonl", processor)[:most]
-        for file in retention_files(cfg, "validation"):
-            rows.retention += load_rows(cfg, file, processor)[:most]
-    return rows
-
-
-class Conversations(Dataset):
-    """Rows as the model sees them."""
-
-    def __init__(self, rows: list[Row], processor: Qwen3VLProcessor):
-        self.rows, self.processor = rows, processor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: Place) -> dict:
-        step_tokens = sum(self.rows[index].answer_tokens for index in place.group)
-        return {**encode(self.rows[place.sample], self.processor), "step_tokens": step_tokens}
-
-
-def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:
-    """input_ids, labels, mm_token_type_ids (L,); pixel_values (patches, 1536) and image_grid_thw (images, 3) where
-    there are images. Labels are IGNORE_INDEX but for the answer."""
-    text = processor.apply_chat_template(row.messages, tokenize=False)
-    images = [decode_image(inside_folder(row.folder, name).read_bytes()) for name in row.images]
-    encoded = processor(text=[text], images=images or None, return_tensors="pt")
-    input_ids = encoded["input_ids"][0]  # (L,)
-    start, end = answer_span(input_ids.tolist(), processor.tokenizer)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    labels[start:end] = input_ids[start:end]
-    assert len(input_ids) == row.length and end - start == row.answer_tokens, "the check counted other tokens"
-    tensors = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": encoded["mm_token_type_ids"][0]}
-    return tensors | {name: encoded[name] for name in ("pixel_values", "image_grid_thw") if images}
-
-
-def collate(samples: list[dict]) -> dict:
-    """One micro-batch, padded on the right: input_ids, labels, mm_token_type_ids, attention_mask (B, L); the images of
-    all rows one after the other; step_tokens, the answer tokens of the whole step."""
-    padding = {"input_ids": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0}  # masked ids: any will do
-    batch = {
-        name: nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
-        for name, value in padding.items()
-    }
-    ones = [torch.ones_like(sample["input_ids"]) for sample in samples]
-    batch["attention_mask"] = nn.utils.rnn.pad_sequence(ones, batch_first=True)
-    for name in ("pixel_values", "image_grid_thw"):
-        if found := [sample[name] for sample in samples if name in sample]:
-            batch[name] = torch.cat(found)
-    return {**batch, "step_tokens": samples[0].get("step_tokens", 0)}
-
-
 class RandomRows(Dataset):
     """Random tokens around one random image, in place of data, for the benchmark."""
 
@@ -470,7 +271,7 @@ class Models:
     config: Qwen3VLConfig
     processor: Qwen3VLProcessor | None
     micro_batches: int  # of a step, over all processes
-    schedule: "Schedule"
+    schedule: Schedule
     ema: None = None  # no averaged weights in this recipe
     data_digest: str = ""  # of rows and their order, to notice on resume that the data changed
     steps_per_epoch: float = 0.0
@@ -529,7 +330,7 @@ def random_base(config: Qwen3VLConfig, dtype: torch.dtype, device: torch.device)
     that no more than one layer is ever there unquantised."""
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    for path, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
                 setattr(module, name, random_linear4bit(child, dtype, device))
@@ -577,6 +378,7 @@ def add_adapters(base: Qwen3VLForConditionalGeneration, cfg: Config) -> PeftMode
     if cfg.gradient_checkpointing:
         language.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(cfg.seed)
+    base.name_or_path = cfg.pretrained_model_name_or_path  # what adapter_config.json names as the base
     lora = LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,
@@ -635,66 +437,6 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     return loss, {"forward_flops": flops, "samples": len(targets)}
 
 
-# ---------------------------------------------------------------- schedule
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The plateau schedule's whole state: a checkpoint keeps it as a dictionary."""
-
-    factor: float = 1.0  # of the learning rate, after all reductions
-    reference: float | None = None  # the last validation loss that counted as better
-    waited: int = 0  # validations since then
-    decision: str = ""  # what the last validation led to
-    stop_reason: str = ""
-    best: float | None = None  # of best_metric, the value that best/ has
-    best_step: int = 0
-    history: tuple[dict, ...] = ()  # one row a validation, as in training_history.json
-
-
-def next_schedule(state: Schedule, loss: float, cfg: Config) -> Schedule:
-    """The state after a validation with this loss.
-
-    Better means under the last better loss by improvement_threshold of it, so that small gains add up. After
-    lr_patience validations that are not, the rate is reduced; training stops instead when that would bring the rate
-    under min_lr, and when the loss is under min_val_loss.
-    """
-    if loss < cfg.min_val_loss:
-        reason = f"validation loss {loss:.4f} is under min_val_loss {cfg.min_val_loss}"
-        return dataclasses.replace(state, decision="stop", stop_reason=reason)
-    if state.reference is None or loss < state.reference * (1 - cfg.improvement_threshold):
-        return dataclasses.replace(state, reference=loss, waited=0, decision="better")
-    if state.waited + 1 < cfg.lr_patience:
-        return dataclasses.replace(state, waited=state.waited + 1, decision="wait")
-    factor = state.factor * cfg.lr_reduction_factor
-    if cfg.learning_rate * factor < cfg.min_lr:
-        rate = f"{cfg.learning_rate * factor:.2e}"
-        reason = f"no improvement, and a reduction would bring the learning rate to {rate}, under min_lr {cfg.min_lr}"
-        return dataclasses.replace(state, waited=0, decision="stop", stop_reason=reason)
-    return dataclasses.replace(state, factor=factor, waited=0, decision="reduce")
-
-
-def reductions_possible(cfg: Config) -> int:
-    """How often the learning rate can be reduced before training stops; 1000 stands for always."""
-    possible = 0
-    while possible < 1000 and cfg.learning_rate * cfg.lr_reduction_factor ** (possible + 1) >= cfg.min_lr:
-        possible += 1
-    return possible
-
-
-def plateau_warning(cfg: Config) -> str:
-    """What to tell a user whose learning rate cannot be reduced twice, or ""."""
-    possible = reductions_possible(cfg)
-    if possible >= 2 or not cfg.validation_steps:
-        return ""
-    enough = cfg.min_lr / cfg.lr_reduction_factor**2
-    return (
-        f"warning: with learning_rate {cfg.learning_rate:g}, lr_reduction_factor {cfg.lr_reduction_factor:g} and min_lr "
-        f"{cfg.min_lr:g} the rate can be reduced {('never', 'once')[possible]}, and the next plateau stops training. "
-        f"For two reductions take a learning_rate of at least {enough:g}, or a lower --min_lr"
-    )
-
-
 # ---------------------------------------------------------------- validation
 
 
@@ -732,7 +474,7 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
     """
     models.model.eval()
     row = {"step": step, "epoch": round(step / models.steps_per_epoch, 4)}
-    row |= {"learning_rate": cfg.learning_rate * lr_factor(step, cfg, models.schedule)}
+    row |= {"learning_rate": cfg.learning_rate * lr_factor(max(step - 1, 0), cfg, models.schedule)}
     for name, rows in (("validation", models.task), ("retention", models.retention)):
         if measured := measure(run, models, rows, cfg.train_batch_size):
             row |= {f"{name}_loss": measured[0], f"{name}_accuracy": measured[1]}
@@ -797,8 +539,8 @@ def claim_adapters(output_dir: str, resume: Path | None, overwrite: bool) -> Non
     earlier = [path for name in ("best", "final") if (path := Path(output_dir) / name).is_dir() and resume is None]
     if earlier and not overwrite:
         raise ValueError(
-            f"output_dir {output_dir} holds {earlier[0].name}/ of another run; go on with --resume_from_checkpoint latest, "
-            "take another --output_dir, or delete it with --overwrite_output_dir"
+            f"output_dir {output_dir} holds {earlier[0].name}/ of another run; go on with "
+            "--resume_from_checkpoint latest, take another --output_dir, or delete it with --overwrite_output_dir"
         )
     for path in earlier:
         shutil.rmtree(path)
@@ -810,6 +552,7 @@ def claim_adapters(output_dir: str, resume: Path | None, overwrite: bool) -> Non
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(Config, argv)
     resolve_paths(cfg, RECIPE, argv)
+    resolve_pools(cfg)
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
     resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
@@ -932,7 +675,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_best(cfg: Config) -> None:
     """evaluate.py's tables and plots of best/, in <output_dir>/evaluation."""
-    sys.path.insert(0, str(RECIPE))
     import evaluate
 
     evaluate.main(["--model_path", str(Path(cfg.output_dir) / "best")], alone=True)
