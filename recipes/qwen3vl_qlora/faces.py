@@ -6,10 +6,12 @@ all combinations, so that a face of one is never a face of the other, whatever t
 
 import itertools
 import math
+import operator
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -43,8 +45,7 @@ BACKGROUNDS: dict[str, Colour] = {
 VALUES = (tuple(HAIR), STYLES, tuple(EYES), tuple(SKIN), GLASSES, HATS, tuple(BACKGROUNDS))  # in the order of Face
 
 
-@dataclass(frozen=True)
-class Face:
+class Face(NamedTuple):
     """What a person looks like in every picture; pose, size and expression differ from picture to picture."""
 
     hair: str
@@ -57,7 +58,7 @@ class Face:
 
     def differences(self, other: "Face") -> int:
         """How many attributes differ, 0 to 7."""
-        return sum(a != b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True))
+        return sum(map(operator.ne, self, other))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def choose_entity_faces(number: int, min_differences: int, seed: int) -> list[Fa
     for face in candidates:
         if len(faces) == number:
             break
-        if all(face.differences(other) >= min_differences for other in faces):
+        if min_differences < 2 or all(face.differences(other) >= min_differences for other in faces):
             faces.append(face)
     if len(faces) < number:
         raise ValueError(

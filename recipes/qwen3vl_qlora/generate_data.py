@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 RECIPE = Path(__file__).resolve().parent
@@ -216,7 +216,7 @@ def generate(cfg: FaceConfig, output_dir: Path, image_model: str | None = None, 
     make_pictures(jobs, cfg.image_size, cfg.seed, image_model, num_workers)
     for task, split in itertools.product(TASKS, SPLITS):
         write_rows(output_dir, task, split, make_rows(cfg, entities, task, split))
-    facts = [{"entity": e.name, "description": e.description, **asdict(e.face)} for e in entities]
+    facts = [{"entity": e.name, "description": e.description, **e.face._asdict()} for e in entities]
     (output_dir / "entities.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
