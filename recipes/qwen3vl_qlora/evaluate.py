@@ -141,12 +141,12 @@ def load_model(args: argparse.Namespace, alone: bool) -> VisionLanguageModel:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"] if args.quantize_vision else ["lm_head", "visual"],
+        llm_int8_skip_modules=["lm_head"],
     )
     if not torch.cuda.is_available():
         device_map = {"": "cpu"}
-    elif processes(alone) > 1:
-        device_map = {"": int(os.environ["LOCAL_RANK"])}
+    elif "LOCAL_RANK" in os.environ:
+        device_map = {"": int(os.environ["LOCAL_RANK"])}  # others may hold the other GPUs
     else:
         device_map = args.device_map
     base = Qwen3VLForConditionalGeneration.from_pretrained(
@@ -161,7 +161,8 @@ def load_model(args: argparse.Namespace, alone: bool) -> VisionLanguageModel:
             module.float()
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # that path rounds the scales once more
-    processor = Qwen3VLProcessor.from_pretrained(args.base_model)
+    saved_with_adapter = (args.model_path / "processor_config.json").is_file()
+    processor = Qwen3VLProcessor.from_pretrained(args.model_path if saved_with_adapter else args.base_model)
     size = processor.image_processor.size
     shortest, longest = args.min_pixels or size["shortest_edge"], args.max_pixels or size["longest_edge"]
     processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}  # of the picture, in pixels
@@ -314,9 +315,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device_map", default="auto", help="how one process spreads the base over its GPUs")
     parser.add_argument("--precision", choices=list(DTYPES), help="as the run's mixed_precision when not given")
     parser.add_argument("--quantization", choices=["nf4", "none"], help="of the base; as the run's when not given")
-    parser.add_argument(
-        "--quantize_vision", action=argparse.BooleanOptionalAction, help="of nf4; as the run's when not given"
-    )
     parser.add_argument("--batch_size", type=int, default=8, help="questions at once")
     parser.add_argument("--max_new_tokens", type=int, default=48, help="longest generated answer")
     parser.add_argument("--min_pixels", type=int, help="smallest picture the model sees; the run's when not given")
@@ -339,8 +337,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.quantization = args.quantization or run.get("quantization", "nf4")
     for name in ("face_retention_pool", "object_retention_pool", "min_pixels", "max_pixels"):
         setattr(args, name, getattr(args, name) or run.get(name))
-    if args.quantize_vision is None:
-        args.quantize_vision = run.get("quantize_vision", True)
     args.output_dir = args.output_dir or args.model_path.parent / "evaluation"
     return args
 
