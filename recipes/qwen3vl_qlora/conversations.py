@@ -173,6 +173,7 @@ class Rows:
 
 
 def load_all_rows(cfg, processor: Qwen3VLProcessor) -> Rows:
+    (Path(cfg.output_dir) / "bad_rows.jsonl").unlink(missing_ok=True)
     train_file = Path(cfg.train_data_dir) / (cfg.train_data_meta or f"{cfg.task}_train.jsonl")
     task = load_rows(cfg, train_file, processor)
     pools = [load_rows(cfg, file, processor) for file in retention_files(cfg, "train")]

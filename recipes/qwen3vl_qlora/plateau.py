@@ -4,6 +4,7 @@ A pure function over a small state, the same on every process; a checkpoint keep
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -31,7 +32,8 @@ def next_schedule(state: Schedule, loss: float, cfg) -> Schedule:
     if loss < cfg.min_val_loss:
         reason = f"validation loss {loss:.4f} is under min_val_loss {cfg.min_val_loss}"
         return dataclasses.replace(state, decision="stop", stop_reason=reason)
-    if state.reference is None or loss < state.reference * (1 - cfg.improvement_threshold):
+    reference = math.inf if state.reference is None else state.reference
+    if loss < reference * (1 - cfg.improvement_threshold):  # never true of nan
         return dataclasses.replace(state, reference=loss, waited=0, decision="better")
     if state.waited + 1 < cfg.lr_patience:
         return dataclasses.replace(state, waited=state.waited + 1, decision="wait")

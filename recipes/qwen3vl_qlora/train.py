@@ -42,6 +42,7 @@ from common.optimizers import build_optimizer
 from common.runtime import Run, on_main
 from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
 
+LENGTH_BUCKET = 64  # tokens; rows of one bucket share a step with --group_by_length
 TARGETS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"  # none of the vision tower, whose layers are qkv and proj
 )
@@ -159,7 +160,8 @@ class Config:
     max_grad_norm: float = 1.0
     """global gradient norm to clip to; 0 does not clip"""
     max_nonfinite_steps: int = 10
-    """steps in a row whose loss may be infinite or nan (fp16 skips them) before the run stops with advice"""
+    """steps in a row whose loss may be infinite or nan before the run stops with advice; 0 but under fp16, whose loss
+    scale skips such steps"""
 
     improvement_threshold: float = 0.05
     """a validation loss counts as better when it is under the last better one by this share of it"""
@@ -222,6 +224,8 @@ class Config:
             raise ValueError(
                 f"expected 1024 (one token) <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
+        if self.mixed_precision != "fp16":
+            self.max_nonfinite_steps = 0
         if self.benchmark and self.benchmark_tokens < 64:
             raise ValueError(f"benchmark_tokens must be at least 64, got {self.benchmark_tokens}")
 
@@ -295,7 +299,7 @@ def base_folder(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if (path / "config.json").is_file():
         return path
-    if path.exists() or name_or_path.count("/") != 1:
+    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith(("/", ".", "~")):
         raise ValueError(
             f"pretrained_model_name_or_path {name_or_path!r} is no model folder: it has no config.json; "
             "give a folder as save_pretrained writes it, or a hub name"
@@ -343,6 +347,7 @@ def random_base(config: Qwen3VLConfig, dtype: torch.dtype, device: torch.device)
     language, vision = model.model.language_model, model.model.visual
     language.rotary_emb = type(language.rotary_emb)(config.text_config).to(device)
     vision.rotary_pos_emb = type(vision.rotary_pos_emb)(config.vision_config).to(device)
+    model.tie_weights()  # where the config says so
     model.is_loaded_in_4bit = True  # what peft asks
     return model
 
@@ -570,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         processor = load_processor(cfg, folder)
         rows = on_main(run, load_all_rows, cfg, processor)
         dataset = Conversations(rows.train, processor)
-        bucket_ids = [row.length // 64 if cfg.group_by_length else 0 for row in rows.train]
+        bucket_ids = [row.length // LENGTH_BUCKET if cfg.group_by_length else 0 for row in rows.train]
         lengths = [row.length for row in rows.train]
         run.print(
             f"{len(rows.train)} rows to train on, of {min(lengths)} to {max(lengths)} tokens; to validate on "
