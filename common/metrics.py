@@ -169,8 +169,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png: loss (smoothed, and held out), learning rate, gradient norm and samples a second, by step; a line where
-    a validation reduced the learning rate or ended the run."""
+    """curves.png: loss (smoothed, and held out), learning rate, gradient norm and samples a second, by step.
+
+    Dashed lines stand where a validation reduced the learning rate or ended the run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

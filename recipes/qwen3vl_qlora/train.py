@@ -43,9 +43,8 @@ from common.runtime import Run, on_main
 from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
 
 LENGTH_BUCKET = 64  # tokens; rows of one bucket share a step with --group_by_length
-TARGETS = (
-    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"  # none of the vision tower, whose layers are qkv and proj
-)
+# none of the vision tower, whose layers are named qkv and proj
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 FULL_SIZE = {  # Qwen/Qwen3-VL-32B-Instruct's config.json: 33.36 billion parameters
     "text_config": {
         "vocab_size": 151936,
@@ -224,8 +223,6 @@ class Config:
             raise ValueError(
                 f"expected 1024 (one token) <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
-        if self.mixed_precision != "fp16":
-            self.max_nonfinite_steps = 0
         if self.benchmark and self.benchmark_tokens < 64:
             raise ValueError(f"benchmark_tokens must be at least 64, got {self.benchmark_tokens}")
 
@@ -560,6 +557,8 @@ def main(argv: list[str] | None = None) -> None:
     resolve_pools(cfg)
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
+    if accelerator.scaler is None:  # then nothing skips a step whose loss is not finite
+        cfg.max_nonfinite_steps = 0
     resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
     on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
     on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir)

@@ -172,12 +172,12 @@ def test_group_by_length(train, config, tmp_path):
     collate = train.collate
 
     def watch(samples: list[dict]) -> dict:
-        seen.append({len(sample["input_ids"]) // 8 for sample in samples})
+        seen.append({len(sample["input_ids"]) // 4 for sample in samples})
         return collate(samples)
 
     for flags, most in (([], 3), (["--group_by_length"], 1)):
         seen.clear()
-        with mock.patch.object(train, "collate", watch), mock.patch.object(train, "LENGTH_BUCKET", 8):
+        with mock.patch.object(train, "collate", watch), mock.patch.object(train, "LENGTH_BUCKET", 4):
             argv = ["--config", config, "--output_dir", tmp_path / str(most), "--max_train_steps", 4, *flags]
             run_main(train, argv)
         assert max(len(lengths) for lengths in seen) == most
@@ -280,7 +280,16 @@ def test_changed_data_is_noticed_on_resume(train, config, data_folder, straight,
     assert "data changed" in capfd.readouterr().out
 
 
-def test_losses_that_are_not_finite_stop_an_fp16_run_late(train):
+def test_a_loss_that_is_not_finite_stops_the_run(train, config, tmp_path):
     """Catches a tolerance for nan where nothing skips the step: only fp16's loss scale does."""
-    assert train.Config(train_data_dir="x", mixed_precision="fp16").max_nonfinite_steps == 10
-    assert train.Config(train_data_dir="x", mixed_precision="bf16").max_nonfinite_steps == 0
+    compute_loss = train.compute_loss
+
+    def broken(models, batch, cfg):
+        loss, metrics = compute_loss(models, batch, cfg)
+        return loss * float("nan"), metrics
+
+    with (
+        mock.patch.object(train, "compute_loss", broken),
+        pytest.raises(ValueError, match="the loss is nan at step 1"),
+    ):
+        run_main(train, ["--config", config, "--output_dir", tmp_path, "--max_nonfinite_steps", 5])
