@@ -211,19 +211,23 @@ def smoothed(values: Sequence[float], weight: float = 0.05) -> list[float]:
 
 
 def save_grid(folder: Path, prompts: Sequence[str], columns: int = 5, side: int = 256) -> None:
-    """grid.png: the folder's 000.png, 001.png, ... with their prompts under them."""
+    """grid.png: the folder's 000.png, 001.png, ... with their prompts under them; what else belongs to a prompt
+    (000_source_0.png, 000_target.png) stands left of its picture."""
+    strips = [[*sorted(folder.glob(f"{i:03d}_*.png")), folder / f"{i:03d}.png"] for i in range(len(prompts))]
+    width = max(map(len, strips)) * side  # of one prompt's pictures
+    columns = min(max(1, columns * side // width), len(prompts))
     rows = -(-len(prompts) // columns)
-    columns = min(columns, len(prompts))
-    grid = Image.new("RGB", (columns * (side + 8), rows * (side + 44)), "white")
+    grid = Image.new("RGB", (columns * (width + 8), rows * (side + 44)), "white")
     draw = ImageDraw.Draw(grid)
-    for index, prompt in enumerate(prompts):
-        image = Image.open(folder / f"{index:03d}.png")
-        resampling = Image.Resampling.NEAREST if image.width < side // 2 else Image.Resampling.LANCZOS
-        scale = side / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
-        left, top = index % columns * (side + 8) + 4, index // columns * (side + 44) + 4
-        grid.paste(image, (left, top))
-        lines = textwrap.wrap(prompt, 40)
+    for index, (prompt, strip) in enumerate(zip(prompts, strips, strict=True)):
+        left, top = index % columns * (width + 8) + 4, index // columns * (side + 44) + 4
+        for place, file in enumerate(strip):
+            image = Image.open(file)
+            resampling = Image.Resampling.NEAREST if image.width < side // 2 else Image.Resampling.LANCZOS
+            scale = side / max(image.size)
+            image = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
+            grid.paste(image, (left + place * side, top))
+        lines = textwrap.wrap(prompt, width // 6)
         draw.multiline_text((left, top + side + 2), "\n".join(lines[:2] + ["..."] * (len(lines) > 2)), fill="black")
     grid.save(folder / "grid.png")
 
