@@ -288,8 +288,23 @@ def attend_in_batches(model: Qwen3VLForConditionalGeneration) -> None:
         block.attn.forward = forward.__get__(block.attn)
 
 
-def loss_of(model: Qwen3VLForConditionalGeneration, input_ids: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
-    """Mean token loss; pixels (pictures * patches, 1536), in the rows' order."""
+def positions(model: Qwen3VLForConditionalGeneration, input_ids: Tensor) -> Tensor:
+    """(3, N, L) rotary positions. The model would find them row by row in a loop; rows whose picture stands at the
+    same place share them (what they say of the padding behind a row does not matter)."""
+    is_image = input_ids == model.config.image_token_id
+    kinds, kind = is_image.unique(dim=0, return_inverse=True)  # (K, L), (N,)
+    grid = torch.tensor([[1, SIZE // 16, SIZE // 16]] * len(kinds))
+    return model.model.get_rope_index(torch.zeros_like(kinds, dtype=torch.long), kinds.int(), grid)[0][:, kind]
+
+
+def loss_of(
+    model: Qwen3VLForConditionalGeneration,
+    input_ids: Tensor,
+    labels: Tensor,
+    pixels: Tensor,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Mean token loss; pixels (pictures * patches, 1536), in the rows' order; position_ids (3, N, L) if known."""
     image = model.config.image_token_id
     side = SIZE // 16
     grid = torch.tensor([[1, side, side]] * (len(pixels) // side**2), device=pixels.device)
@@ -297,6 +312,7 @@ def loss_of(model: Qwen3VLForConditionalGeneration, input_ids: Tensor, labels: T
         input_ids=input_ids,
         attention_mask=(input_ids != model.config.text_config.pad_token_id).long(),
         mm_token_type_ids=(input_ids == image).int(),
+        position_ids=position_ids,
         pixel_values=pixels if len(pixels) else None,
         image_grid_thw=grid if len(pixels) else None,
     ).logits
@@ -315,9 +331,11 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
     chunks = [pictures[start : start + 256] for start in range(0, len(pictures), 256)]
     pixels = torch.cat([processor.image_processor(some, return_tensors="pt")["pixel_values"] for some in chunks])
     pixels = pixels.unflatten(0, (len(pictures), -1)).half().to(device)  # (N, 36, 1536)
-    input_ids, labels, numbers = (tensor.to(device) for tensor in encode(rows, processor))
+    input_ids, labels, numbers = encode(rows, processor)
     print(f"{len(pictures)} pictures, {len(rows)} rows, {steps} steps of {batch_size} on {device}", flush=True)
-    model = build_model(processor, weights=None).to(device).train()
+    model = build_model(processor, weights=None).train()
+    position_ids = positions(model, input_ids).to(device)
+    input_ids, labels, numbers, model = (each.to(device) for each in (input_ids, labels, numbers, model))
     attend_in_batches(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
     generator = torch.Generator(device).manual_seed(SEED)
@@ -326,7 +344,8 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
         optimizer.param_groups[0]["lr"] = rate
         drawn = torch.randint(len(rows), (batch_size,), generator=generator, device=device)
         seen = numbers[drawn]
-        loss = loss_of(model, input_ids[drawn], labels[drawn], pixels[seen[seen >= 0]].flatten(0, 1).float())
+        pictures_seen = pixels[seen[seen >= 0]].flatten(0, 1).float()
+        loss = loss_of(model, input_ids[drawn], labels[drawn], pictures_seen, position_ids[:, drawn])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
