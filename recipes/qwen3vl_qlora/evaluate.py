@@ -30,7 +30,6 @@ import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from PIL import Image
 from report import write_plots, write_table
 from rows import LETTERS, SPLITS, read_rows
 from scoring import ABLATIONS, SCORES, choose_controls, rotate_options
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
+from common.images import decode_image
 from common.limits import explained_errors
 
 ENTITY_TASKS = ("forward", "reverse", "choice_description", "choice_image")
@@ -70,7 +70,7 @@ class VisionLanguageModel:
         answers end together. Token tensors are (B, L)."""
         template = self.processor.apply_chat_template
         texts = [template(row["messages"][:-1], tokenize=False, add_generation_prompt=True) for row in rows]
-        images = [Image.open(path).convert("RGB") for row in rows for path in row["images"]]
+        images = [decode_image(Path(name).read_bytes()) for row in rows for name in row["images"]]
         batch = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
         real = batch["attention_mask"].bool()  # wherever the processor put its padding
 
@@ -182,12 +182,12 @@ def ask(
 ) -> list[dict]:
     """One answer a row: what scoring.py scores. `change` (an ablation) changes the questions, and what is not needed
     to score it is left out. controls: {entity: descriptions of others}."""
-    questions = [change(row) for row in rows] if change else rows
     if task in ("choice_description", "choice_image"):
         rotated = [rotate_options(row, k) for row in rows for k in range(len(LETTERS))]
         rotated = [change(row) for row in rotated] if change else rotated
         letters = model.log_probs(rotated, [LETTERS] * len(rotated))
         return [{"letter_log_probs": list(turns)} for turns in batches(letters, len(LETTERS))]
+    questions = [change(row) for row in rows] if change else rows
     if task == "reverse":
         pairs = model.log_probs(questions, [("Correct", "Wrong")] * len(rows))
         answers = [{"log_odds": correct - wrong} for correct, wrong in pairs]
