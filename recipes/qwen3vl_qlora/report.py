@@ -115,14 +115,14 @@ def draw_grouped(axis, groups: list[dict[str, Estimate]], labels: list[str]) -> 
             )
         said = True
     axis.set_xticks(range(len(groups)), labels, fontsize=8)
-    axis.legend(fontsize=8)
+    axis.set_ylim(0, 1.15)
+    axis.legend(fontsize=8, loc="upper center", ncols=3)
     axis.grid(axis="y", alpha=0.3)
 
 
 def draw_bars(axis, tasks: dict, shown: list[str]) -> None:
     groups = [{state: tasks[task][state][HEADLINE[task]] for state in ("base", "trained")} for task in shown]
     draw_grouped(axis, groups, [LABELS[task] for task in shown])
-    axis.set_ylim(0, 1.05)
 
 
 def draw_confusion(figure, axis, task: str, rows: list[dict], answers: list[dict]) -> None:
@@ -136,7 +136,7 @@ def draw_confusion(figure, axis, task: str, rows: list[dict], answers: list[dict
     else:
         drawn = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
     columns = [*names, "none"][: matrix.shape[1]]
-    every = max(1, len(names) // 16)
+    every = -(-len(names) // 20)
     axis.set_xticks(range(0, len(columns), every), columns[::every], rotation=90, fontsize=7)
     axis.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
     titles = {
@@ -163,4 +163,3 @@ def draw_bias(axis, task: str, scores: dict) -> None:
     groups = [{state: scores[state][metric] for state in ("base", "trained")} for metric in metrics]
     draw_grouped(axis, groups, labels)
     axis.set_title(title, fontsize=9)
-    axis.set_ylim(0, 1.05)
