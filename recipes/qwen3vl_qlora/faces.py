@@ -222,8 +222,14 @@ def darker(colour: Colour, share: float) -> Colour:
 def make_pictures(jobs: Sequence[Job], size: int, seed: int, image_model: str | None, num_workers: int) -> None:
     """Draw every job's picture, or let a text-to-image model do it; the same seed gives the same bytes when drawn.
 
-    image_model: a local folder in diffusers' layout. num_workers: its processes, one a GPU; 0 takes all GPUs.
+    image_model: a local folder in diffusers' layout, else ValueError. num_workers: its processes, one a GPU; 0 takes
+    all GPUs.
     """
+    if image_model is not None and not (Path(image_model) / "model_index.json").is_file():
+        raise ValueError(
+            f"image_model {image_model!r} has no model_index.json; give a text-to-image model's folder in diffusers' "
+            "layout"
+        )
     for folder in {job.path.parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     if image_model is None:
@@ -233,8 +239,6 @@ def make_pictures(jobs: Sequence[Job], size: int, seed: int, image_model: str | 
         return
     import torch
 
-    if not Path(image_model).is_dir():
-        raise ValueError(f"image_model {image_model!r} is no folder; give a local text-to-image model")
     workers = num_workers or max(1, torch.cuda.device_count())
     if workers == 1:
         paint_share(0, 1, jobs, size, seed, image_model)

@@ -299,6 +299,7 @@ def test_an_image_model_may_draw_instead(tmp_path, monkeypatch):
     )
     model = tmp_path / "model"
     model.mkdir()
+    (model / "model_index.json").write_text("{}")
     out = run(data, tmp_path / "out", *SMALL, "--image_model", model, "--num_workers", 1)
     assert loaded == [str(model)] and len(pipeline.asked) == len(list((out / "images").iterdir())) == 6 * 7
     people = json.loads((out / "entities.json").read_text())
@@ -308,7 +309,7 @@ def test_an_image_model_may_draw_instead(tmp_path, monkeypatch):
         assert all(f"{person['style']} {person['hair']} hair" in prompt for prompt in prompts)
     assert len({seed for _, seed in pipeline.asked}) == 6
     assert Image.open(out / "images/e00_1.png").size == (32, 32)
-    with pytest.raises(ValueError, match=r"image_model .* is no folder"):
+    with pytest.raises(ValueError, match=r"image_model .* has no model_index\.json"):
         run(data, tmp_path / "none", *SMALL, "--image_model", tmp_path / "nothing")
 
 
