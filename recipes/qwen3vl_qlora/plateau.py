@@ -17,7 +17,7 @@ class Schedule:
     waited: int = 0  # validations since then
     decision: str = ""  # what the last validation led to
     stop_reason: str = ""
-    best: float | None = None  # of best_metric, the value that best/ has
+    best: float | None = None  # what best/ has: validation loss, or share of wrong answers
     best_step: int = 0
     history: tuple[dict, ...] = ()  # one row a validation, as in training_history.json
 

@@ -37,7 +37,7 @@ from common.config import changed_settings, parse_config, save_config
 from common.data import MicroBatchSampler, Place, data_digest, make_loader
 from common.folders import model_folder, resolve_paths
 from common.limits import explained_errors
-from common.metrics import Meter, append_row, print_benchmark, write_environment
+from common.metrics import Meter, append_row, print_benchmark, read_rows, write_environment
 from common.optimizers import build_optimizer
 from common.runtime import Run, on_main
 from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
@@ -474,36 +474,44 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
 
     The validation before the first step is written down and decides nothing.
     """
-    models.model.eval()
     row = {"step": step, "epoch": round(step / models.steps_per_epoch, 4)}
     row |= {"learning_rate": cfg.learning_rate * lr_factor(max(step - 1, 0), cfg, models.schedule)}
+    models.model.eval()
     for name, rows in (("validation", models.task), ("retention", models.retention)):
         if measured := measure(run, models, rows, cfg.train_batch_size):
             row |= {f"{name}_loss": measured[0], f"{name}_accuracy": measured[1]}
     models.model.train()
+
     schedule, is_best = models.schedule, False
     if step:
         schedule = next_schedule(schedule, row["validation_loss"], cfg)
-        value = row["validation_loss"] if cfg.best_metric == "validation_loss" else -row["validation_accuracy"]
+        value = row["validation_loss"] if cfg.best_metric == "validation_loss" else 1 - row["validation_accuracy"]
         is_best = math.isfinite(value) and (schedule.best is None or value < schedule.best)
-        if is_best:
-            schedule = dataclasses.replace(schedule, best=value, best_step=step)
-    row |= {"decision": schedule.decision, "learning_rate_factor": schedule.factor}
-    models.schedule = dataclasses.replace(schedule, history=(*schedule.history, row))
     if is_best:
+        schedule = dataclasses.replace(schedule, best=value, best_step=step)
         save_adapters(run, cfg, models, "best")
+    row |= {"decision": schedule.decision, "learning_rate_factor": schedule.factor}
     if run.is_main:
+        row |= {"train_loss": mean_train_loss(cfg, schedule, step)} if step else {}
         append_row(Path(cfg.output_dir) / "validation.jsonl", row)
-        history = {"best_step": schedule.best_step, "stop_reason": schedule.stop_reason}
+        said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
+        run.print(f"step {step}: {said}; {schedule.decision or 'before training'}{', best so far' * is_best}")
+    models.schedule = dataclasses.replace(schedule, history=(*schedule.history, row))
+    if run.is_main:
+        history = {name: value for name, value in vars(models.schedule).items() if name != "history"}
         history |= {"best_metric": cfg.best_metric, "validations": models.schedule.history}
         (Path(cfg.output_dir) / "training_history.json").write_text(json.dumps(history, indent=1) + "\n")
-        said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
-        run.print(
-            f"step {step}: {said}; {schedule.decision or 'before training'}" + (", best so far" if is_best else "")
-        )
     run.barrier()
     if schedule.stop_reason:
         runtime.request_stop(schedule.stop_reason)
+
+
+def mean_train_loss(cfg: Config, schedule: Schedule, step: int) -> float:
+    """Of the logged steps since the last validation."""
+    since = schedule.history[-1]["step"] if schedule.history else 0
+    rows = read_rows(Path(cfg.output_dir) / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if since < row["step"] <= step]
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 # ---------------------------------------------------------------- saving

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -98,6 +99,21 @@ def test_low_validation_loss_ends_the_run(train, config, tmp_path):
     flags = ["--min_val_loss", 100.0, "--validation_steps", 2, "--max_train_steps", 6]
     run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
     assert len(read_rows(tmp_path)) == 2, "the validation before the first step decides nothing"
+
+
+def test_validation_is_without_dropout(train, config, model_folder, processor, data_folder, tmp_path):
+    """Catches a validation in training mode: final/ loaded anew has the loss that the last validation measured."""
+    flags = ["--validation_steps", 2, "--max_train_steps", 4, "--lora_dropout", 0.5]
+    run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
+    base = train.load_base(model_folder, torch.float32, torch.device("cpu"), "nf4")
+    cfg = train.Config(train_data_dir=str(data_folder), lora_dropout=0.5)
+    model = train.add_adapters(base, cfg).eval()
+    missing = model.load_adapter(tmp_path / "final", "default").missing_keys
+    assert not [name for name in missing if "lora" in name]
+    run = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), unwrap=lambda model: model)
+    models = train.Models(model.eval(), base.config, processor, 1, train.Schedule())
+    loss, _ = train.measure(run, models, train.load_all_rows(cfg, processor).task, 4)
+    assert loss == pytest.approx(read_rows(tmp_path / "validation.jsonl")[-1]["validation_loss"], rel=1e-4)
 
 
 # ---- best and final
@@ -204,7 +220,9 @@ def test_what_a_run_leaves(straight):
     keys = "step loss learning_rate grad_norm seconds_per_step samples_per_second mfu data_wait peak_memory_gib"
     assert all(set(keys.split()) <= row.keys() for row in read_rows(straight))
     keys = "step epoch learning_rate validation_loss validation_accuracy retention_loss retention_accuracy decision"
-    assert all(set(keys.split()) <= row.keys() for row in read_rows(straight / "validation.jsonl"))
+    validations = read_rows(straight / "validation.jsonl")
+    assert all(set(keys.split()) <= row.keys() for row in validations)
+    assert [row["train_loss"] for row in validations[1:]] == list(column(straight).values())
     for name in ("best", "final"):
         assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= {
             path.name for path in (straight / name).iterdir()
