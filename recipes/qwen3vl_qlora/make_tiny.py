@@ -322,7 +322,7 @@ def loss_of(
 def pretrain(path: Path, scale: float = 1.0) -> None:
     """Trains everything and writes the weights; `scale` shrinks the work for a trial."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch_size, steps = (256, int(8000 * scale)) if device == "cuda" else (32, int(24000 * scale))
+    batch_size, steps = (256, int(3000 * scale)) if device == "cuda" else (32, int(24000 * scale))
     torch.backends.cuda.matmul.allow_tf32 = True
     jobs, rows = pretraining_rows(int(6000 * scale), int(4000 * scale), int(20000 * scale))
     with Pool() as pool:
