@@ -193,7 +193,8 @@ def draw_curves(folder: Path) -> None:
         if row.get("decision") in ("reduce", "stop"):
             for axis in axes[0]:
                 axis.axvline(row["step"], color="black", linestyle="--", linewidth=0.8)
-            axes[0, 1].annotate(row["decision"], (row["step"], 0), rotation=90, ha="right", va="bottom")
+            place = {"transform": axes[0, 1].get_xaxis_transform(), "ha": "right", "va": "top"}
+            axes[0, 1].text(row["step"], 0.97, row["decision"], rotation=90, fontsize=8, **place)
     axes[0, 0].legend()
     figure.savefig(folder / "curves.png.partial", format="png", dpi=90)
     pyplot.close(figure)
