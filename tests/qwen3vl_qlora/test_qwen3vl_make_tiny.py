@@ -20,7 +20,7 @@ def test_every_word_is_one_token(make_tiny, processor):
 
 
 def test_attention_in_batches_is_the_same(make_tiny, processor):
-    """Catches a pretraining of another model than the one that is used."""
+    """Catches a pretraining of another model than the one that is used: its attention and its rotary positions."""
     jobs, rows = make_tiny.pretraining_rows(3, 2, 4)
     pictures = [make_tiny.draw(job) for job in jobs]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].unflatten(0, (len(pictures), -1))
@@ -30,7 +30,12 @@ def test_attention_in_batches_is_the_same(make_tiny, processor):
     seen = pixels[numbers[numbers >= 0]].flatten(0, 1)
     expected = make_tiny.loss_of(model, input_ids, labels, seen)
     make_tiny.attend_in_batches(model)
-    assert make_tiny.loss_of(model, input_ids, labels, seen).item() == pytest.approx(expected.item(), rel=1e-5)
+    positions = make_tiny.positions(model, input_ids)
+    found = make_tiny.loss_of(model, input_ids, labels, seen, positions)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert make_tiny.loss_of(model, input_ids, labels, seen, positions * 0).item() != pytest.approx(
+        expected.item(), rel=1e-3
+    )
 
 
 def test_pretraining_never_sees_the_pools(make_tiny):
