@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -240,7 +240,13 @@ def load_image(
 # ---- the check of every row
 
 
-def _check(record: Record, train_data_dir: str | Path, known_good: Collection[str], max_pixels: int) -> Record:
+def _check(
+    record: Record,
+    train_data_dir: str | Path,
+    known_good: Collection[str],
+    max_pixels: int,
+    source_problem: Callable[[int, int], str],
+) -> Record:
     """The record with digest, width and height filled in, or with its `problem`."""
     if record.problem:
         return record
@@ -253,6 +259,8 @@ def _check(record: Record, train_data_dir: str | Path, known_good: Collection[st
         decode = digest.hexdigest() not in known_good
         for place in range(len(names)):
             sizes.append(check_image(images[place], decode, max_pixels))
+            if place and (problem := source_problem(*sizes[-1])):
+                raise ValueError(problem)
     except (FileNotFoundError, NotADirectoryError):
         return dataclasses.replace(record, problem=f"{names[place]}missing")
     except (OSError, ValueError) as error:
@@ -272,12 +280,14 @@ def check_records(
     progress: bool = True,
     max_pixels: int | None = None,
     types: Collection[str] = ("image",),
+    source_problem: Callable[[int, int], str] = lambda width, height: "",
 ) -> list[Record]:
     """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
 
     on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
     types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
-    89 million. The same answer on every rank.
+    89 million. source_problem: what makes a source image of (width, height) unusable, "" if nothing. The same answer
+    on every rank.
     """
     wrong = f"expected {' or '.join(types)}"
     records = [
@@ -289,7 +299,9 @@ def check_records(
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
     with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        results = pool.imap(lambda record: _check(record, train_data_dir, known_good, limit), records, chunksize=8)
+        results = pool.imap(
+            lambda record: _check(record, train_data_dir, known_good, limit, source_problem), records, chunksize=8
+        )
         results = list(tqdm(results, "check data", len(records), unit="row", disable=not progress))
     bad = [record for record in results if record.problem]
     good = [record for record in results if not record.problem]

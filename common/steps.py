@@ -64,9 +64,7 @@ def assert_ranks_agree(run: Run, model: torch.nn.Module) -> None:
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     if run.strategy == "fsdp2":
-        assert all(hasattr(p, "device_mesh") for p in trained), (
-            "fsdp2 was asked for, but parameters are not sharded"
-        )
+        assert all(hasattr(p, "device_mesh") for p in trained), "fsdp2 was asked for, but parameters are not sharded"
         return
     if run.strategy == "zero3":
         assert all(hasattr(p, "ds_tensor") for p in trained), (

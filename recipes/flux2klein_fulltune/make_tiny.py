@@ -48,14 +48,7 @@ SEED = 0
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
-HELD_OUT = (
-    ("red", "triangle"),
-    ("green", "circle"),
-    ("blue", "cross"),
-    ("yellow", "square"),
-    ("purple", "triangle"),
-    ("cyan", "circle"),
-)
+HELD_OUT = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"))
 N_PROMPTS = 10
 LATENT_NOISE = 0.3
 
@@ -124,7 +117,7 @@ def draw_scene(colour: str, shape: str, place: str, background: str, rng: random
 
 
 def write_data(folder: Path) -> None:
-    """360 training pictures (18 pairs of colour and shape x 5 places x 4 backgrounds) and 10 held-out ones."""
+    """400 training pictures (20 pairs of colour and shape x 5 places x 4 backgrounds) and 10 held-out ones."""
     rng = random.Random(SEED)
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
     train = [
@@ -132,7 +125,7 @@ def write_data(folder: Path) -> None:
     ]
     rng.shuffle(train)
     held_out = [
-        (*HELD_OUT[i % len(HELD_OUT)], rng.choice(list(shapes.PLACES)), list(shapes.BACKGROUNDS)[i % 4])
+        (*HELD_OUT[i % len(HELD_OUT)], rng.choice(list(shapes.PLACES)), list(shapes.BACKGROUNDS)[(i + i // 4) % 4])
         for i in range(N_PROMPTS)
     ]
     for name, scenes in (("train", train), ("validation", held_out)):

@@ -10,6 +10,7 @@ Order: Config, data, encode, load_models, compute_loss, validate, save and expor
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import sys
@@ -51,7 +52,7 @@ from common.data import (
 )
 from common.export import export_weights
 from common.folders import folder_fingerprint, model_folder, read_prompts, resolve_paths
-from common.images import decode_image, image_to_tensor, resize_and_crop
+from common.images import check_image, decode_image, image_to_tensor, resize_and_crop
 from common.limits import check_disk, check_memory, explained_errors
 from common.manifest import Record, check_records, hold_out, load_image, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
@@ -256,14 +257,9 @@ def collate(samples: list[dict]) -> dict:
 def load_records(cfg: Config, known_good: set[str]) -> tuple[list[Record], list[Record]]:
     """Checked rows: those to train on, and those held out for the validation loss."""
     records = load_manifest(cfg.train_data_dir, cfg.train_data_meta)
-    records = check_records(records, cfg.train_data_dir, cfg.on_bad_rows, cfg.output_dir, known_good)
-    for record in records:
-        for path, (width, height) in zip(record.source_file_path, record.source_sizes, strict=True):
-            if min(width, height) < 64 or max(width, height) > 8 * min(width, height):
-                raise ValueError(
-                    f"{record.where}: reference image {path} is {width} x {height}; the pipeline takes sides of at "
-                    "least 64 pixels and an aspect of at most 8 : 1; crop or enlarge it"
-                )
+    records = check_records(
+        records, cfg.train_data_dir, cfg.on_bad_rows, cfg.output_dir, known_good, source_problem=reference_problem
+    )
     return hold_out(records, cfg.num_validation_samples, cfg.seed)
 
 
@@ -277,7 +273,8 @@ def batch_shapes(records: list[Record], buckets: list[tuple[int, int]], train_ba
 
 
 def read_validation_images(cfg: Config, n_prompts: int) -> list[list[Image.Image]]:
-    """The reference images of each validation prompt. ValueError when there are not as many as prompts."""
+    """The reference images of each validation prompt. ValueError when there are not as many as prompts, or one
+    cannot be used."""
     if not cfg.validation_image_paths:
         return [[] for _ in range(n_prompts)]
     if len(cfg.validation_image_paths) != n_prompts:
@@ -285,9 +282,23 @@ def read_validation_images(cfg: Config, n_prompts: int) -> list[list[Image.Image
             f"validation_image_paths has {len(cfg.validation_image_paths)} entries, expected one for each of the "
             f"{n_prompts} validation prompts (several images of one prompt joined by commas)"
         )
-    return [
-        [decode_image(Path(path).read_bytes()) for path in paths.split(",")] for paths in cfg.validation_image_paths
-    ]
+    images = [[Path(path) for path in paths.split(",")] for paths in cfg.validation_image_paths]
+    for path in itertools.chain(*images):
+        if not path.is_file():
+            raise ValueError(f"validation_image_paths names {path}, which is not there; give paths of pictures")
+        if problem := reference_problem(*check_image(path.read_bytes(), decode=False, max_pixels=2**31)):
+            raise ValueError(f"validation_image_paths: {path} {problem}")
+    return [[decode_image(path.read_bytes()) for path in paths] for paths in images]
+
+
+def reference_problem(width: int, height: int) -> str:
+    """What the pipeline would refuse a reference image of this size for; "" if nothing."""
+    if min(width, height) >= 64 and max(width, height) <= 8 * min(width, height):
+        return ""
+    return (
+        f"is {width} x {height}; the pipeline takes sides of at least 64 pixels and an aspect of at most 8 : 1; "
+        "crop or enlarge it"
+    )
 
 
 def reference_size(width: int, height: int) -> tuple[int, int]:

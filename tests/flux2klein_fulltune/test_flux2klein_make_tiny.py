@@ -133,7 +133,7 @@ def test_data(make_tiny, tiny):
     assert pairs == {(c, s) for c in make_tiny.COLOURS for s in make_tiny.SHAPES} - set(make_tiny.HELD_OUT)
     assert {shapes.read_caption(row["text"])[0][0][:2] for row in held_out} == set(make_tiny.HELD_OUT)
     assert (data / "validation_prompts.txt").read_text().splitlines() == [row["text"] for row in held_out]
-    assert len({row["text"] for row in held_out}) == len(held_out) == 10 and len(train) == 360
+    assert len({row["text"] for row in held_out}) == len(held_out) == 10 and len(train) == 400
     for row in held_out + train[::20]:
         assert shapes.shows(Image.open(data / row["file_path"]), row["text"], check_place=True), row
 

@@ -1,0 +1,201 @@
+"""Every launch file trains the same model, with and without reference images: two processes against one, resume,
+validation, averages, exports."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from helpers import column, largest_difference, launch, read_rows, run_main
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import zero_to_bf16
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVED = 4, 2
+# 16 samples a step as 4 x 2 accumulation x 2 processes, against one batch of 16 in one process
+SPLIT = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2]
+FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--export_model", "--ema_decay", 0.9]
+STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
+
+
+class Runs:
+    """Runs of this module by name, each launched once, when a test first asks for it."""
+
+    def __init__(self, train, recipe: Path, config: Path, folder: Path):
+        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
+        self.done: dict[str, Path] = {}
+        self.output: dict[str, str] = {}
+
+    def single(self, name: str = "single", *flags: object) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
+            self.done[name] = out
+        return self.done[name]
+
+    def launched(self, name: str, strategy: str, *flags: object) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
+            assert name not in self.output, f"{name} failed before: {self.output[name][-500:]}"
+            ended = launch(self.recipe, strategy, 2, argv)
+            self.output[name] = ended.output
+            ended.check()
+            self.done[name] = out
+        return self.done[name]
+
+    def reference(self) -> Path:
+        """One process with the settings of `full`."""
+        return self.single("single", *FULL)
+
+    def full(self, strategy: str) -> Path:
+        """With a cache of its own: the encoders, too, are loaded and used under this strategy."""
+        return self.launched(strategy, strategy, *SPLIT, *FULL, "--cache_dir", self.folder / f"{strategy}_cache")
+
+
+@pytest.fixture(scope="module")
+def runs(train, recipe, config, tmp_path_factory) -> Runs:
+    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# ---- one step is the same step everywhere
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_are_those_of_one_process(runs, strategy):
+    """Catches encoders that are partitioned, processes that train alone, gradients summed or dropped, a split of the
+    batch that changes noise or order."""
+    ours, single = runs.full(strategy), runs.reference()
+    assert json.loads((ours / "environment.json").read_text())["launch"] == strategy
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+    means = column(ours, "latents_mean"), column(single, "latents_mean")
+    assert all(means[0][step] == pytest.approx(means[1][step], abs=1e-6) for step in range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exports_are_equal(runs, strategy):
+    """Catches an export of half the weights, of stale ones, or of the trained ones where averages are kept (EMA): the
+    same but for a step of bf16 here and there."""
+    ours, theirs = (weights(folder / "export/transformer") for folder in (runs.full(strategy), runs.reference()))
+    assert ours.keys() == theirs.keys() and theirs
+    for name, tensor in theirs.items():
+        a, b = ours[name].float(), tensor.float()
+        assert ours[name].dtype == tensor.dtype == torch.bfloat16
+        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
+        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_sharded_exports_open_with_diffusers(runs, strategy, model_folder):
+    """Catches an export of a sharded run that diffusers cannot read or draw with."""
+    folder = runs.full(strategy) / "export/transformer"
+    transformer, report = Flux2Transformer2DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    pipeline = Flux2KleinPipeline.from_pretrained(model_folder, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(prompt="a cross", height=64, width=96, num_inference_steps=2, max_sequence_length=32).images[0]
+    assert image.size == (96, 64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_validation_is_that_of_one_process(runs, strategy):
+    """Catches validation that fails or hangs on sharded weights ("'weight' must be 2-D"), or that uses other weights
+    or reference images."""
+    ours, single = runs.full(strategy), runs.reference()
+    assert "must be 2-D" not in runs.output[strategy]
+    rows, expected = (read_rows(folder / "validation.jsonl") for folder in (ours, single))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [0, STEPS]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+    pictures = ("000.png", "001.png", "002.png")  # three prompts on two processes
+    sources = {"000_source_0.png", "001_source_0.png", "001_source_1.png", "002_source_0.png"}
+    for step in (0, STEPS):
+        folders = [folder / f"validation_images/step_{step:06d}" for folder in (ours, single)]
+        names = {path.name for path in folders[0].iterdir()}
+        assert names == {path.name for path in folders[1].iterdir()} and names >= {*pictures, *sources, "grid.png"}
+        for name in pictures:
+            a, b = (np.asarray(Image.open(folder / name), dtype=np.float32) for folder in folders)
+            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5 and np.abs(a - b).max() <= 8, (name, step)
+        assert (folders[0] / "001.txt").read_text() == (folders[1] / "001.txt").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_bf16_with_checkpointing(runs, strategy):
+    """Catches a mismatch of bf16 and float32, in gradients (float32 shards with bf16 compute) or in the validation's
+    pipeline, and activation checkpointing that sharding breaks."""
+    flags = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--validation_steps", STEPS]
+    ours = runs.launched(f"{strategy}_bf16", strategy, *SPLIT, *flags)
+    single = runs.single("single_bf16", *flags)
+    assert largest_difference(column(ours), column(single)) < 0.02
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 0.1
+    rows, expected = (read_rows(folder / "validation.jsonl") for folder in (ours, single))
+    for row, other in zip(rows, expected, strict=True):
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=0.02)
+    assert (ours / f"validation_images/step_{STEPS:06d}/grid.png").is_file()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_knows_the_micro_batch(runs, strategy):
+    """Catches what a batch sampler hides from DeepSpeed, and settings of its own that win over the config's: the
+    engine's config and its count of samples are in its checkpoint."""
+    files = list((runs.full(strategy) / f"checkpoint-{SAVED}").rglob("*_model_states.pt"))
+    assert files
+    for file in files:
+        engine = torch.load(file, map_location="cpu", weights_only=False)
+        expected = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+        assert expected.items() <= engine["ds_config"].items(), engine["ds_config"]
+        assert engine["global_steps"] == SAVED and engine["global_samples"] == SAVED * 16
+
+
+# ---- resume
+
+
+def resume(runs: Runs, strategy: str, *flags: object) -> Path:
+    checkpoint = runs.full(strategy) / f"checkpoint-{SAVED}"
+    return runs.launched(f"{strategy}_resumed", strategy, *SPLIT, "--resume_from_checkpoint", checkpoint, *flags)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_resume_is_exact(runs, strategy):
+    """Catches a resume that loses moments, step counts, averages or the order of samples: equal to the last bit."""
+    resumed, straight = resume(runs, strategy, "--export_model", "--ema_decay", 0.9), runs.full(strategy)
+    assert column(resumed) == column(straight, from_step=SAVED + 1)
+    assert column(resumed, "grad_norm") == column(straight, "grad_norm", from_step=SAVED + 1)
+    ours, theirs = (weights(folder / "export/transformer") for folder in (resumed, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resume_is_exact_zero3(runs, tmp_path):
+    """Catches a ZeRO-3 resume that loses master weights, moments or the order of samples: equal to the last bit; and,
+    without averaged weights, a conversion of its checkpoint that differs from its export."""
+    resumed = resume(runs, "zero3", "--checkpointing_steps", STEPS, "--export_model")
+    for name in ("loss", "grad_norm", "latents_mean"):
+        assert column(resumed, name) == column(runs.full("zero3"), name, from_step=SAVED + 1)
+    zero_to_bf16.convert(resumed / f"checkpoint-{STEPS}", tmp_path, 80 * 10**9)
+    ours, theirs = weights(tmp_path), weights(resumed / "export/transformer")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    Flux2Transformer2DModel.from_pretrained(tmp_path)
+
+
+# ---- what cannot be
+
+
+def test_8bit_adam_is_refused_where_state_is_sharded(runs, config, recipe, tmp_path):
+    """Catches an optimizer that trains wrongly under a strategy: one sentence with the reason, no traceback of
+    ours."""
+    argv = ["--config", config, "--output_dir", tmp_path, "--optimizer", "adamw_8bit"]
+    done = launch(recipe, "zero3", 2, argv)
+    lines = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1, done.output
+    assert "adamw_8bit cannot run under zero3" in lines[0] and "blocks that do not follow the shards" in lines[0]
+    assert f'File "{recipe}' not in done.output
