@@ -21,7 +21,8 @@ def resolve_paths(cfg, recipe_dir: Path, argv: Sequence[str] | None = None) -> N
         cfg.pretrained_model_name_or_path = str(tiny / "model")
     if cfg.train_data_dir == "tiny":
         cfg.train_data_dir = str(tiny / "data")
-        cfg.validation_prompts = cfg.validation_prompts or (str(tiny / "data" / "validation_prompts.txt"),)
+        if hasattr(cfg, "validation_prompts"):
+            cfg.validation_prompts = cfg.validation_prompts or (str(tiny / "data" / "validation_prompts.txt"),)
     if not cfg.output_dir:
         name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "default"
         cfg.output_dir = str(repository / "outputs" / recipe_dir.name / name)

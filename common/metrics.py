@@ -169,7 +169,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png: loss (smoothed, and held out), learning rate, gradient norm and samples a second, by step."""
+    """curves.png: loss (smoothed, and held out), learning rate, gradient norm and samples a second, by step.
+
+    Dashed lines stand where a validation reduced the learning rate or ended the run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,13 +186,15 @@ def draw_curves(folder: Path) -> None:
         axis.set(title=name.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
     axes[0, 0].plot(steps, smoothed([row["loss"] for row in rows]), label="loss, smoothed")
-    if held_out:
-        axes[0, 0].plot(
-            [row["step"] for row in held_out],
-            [row["validation_loss"] for row in held_out],
-            "o-",
-            label="held out, fixed noise",
-        )
+    for name in sorted({name for row in held_out for name in row if name.endswith("_loss")}):
+        points = [(row["step"], row[name]) for row in held_out if name in row]
+        axes[0, 0].plot(*zip(*points, strict=True), "o-", markersize=3, label=name.replace("_", " "))
+    for row in held_out:  # what a schedule with state decided
+        if row.get("decision") in ("reduce", "stop"):
+            for axis in axes[0]:
+                axis.axvline(row["step"], color="black", linestyle="--", linewidth=0.8)
+            place = {"transform": axes[0, 1].get_xaxis_transform(), "ha": "right", "va": "top"}
+            axes[0, 1].text(row["step"], 0.97, row["decision"], rotation=90, fontsize=8, **place)
     axes[0, 0].legend()
     figure.savefig(folder / "curves.png.partial", format="png", dpi=90)
     pyplot.close(figure)

@@ -60,7 +60,7 @@ def run_main(train: ModuleType, argv: Sequence[object], at_step: dict[int, Calla
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    runtime.stop.update(asked=False, agreed=False)
+    runtime.stop.update(asked=False, agreed=False, reason="")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     try:
         with (
@@ -70,7 +70,7 @@ def run_main(train: ModuleType, argv: Sequence[object], at_step: dict[int, Calla
         ):
             train.main([str(word) for word in argv])
     finally:
-        runtime.stop.update(asked=False, agreed=False)
+        runtime.stop.update(asked=False, agreed=False, reason="")
         for number, handler in handlers.items():
             signal.signal(number, handler)
         AcceleratorState._reset_state(True)

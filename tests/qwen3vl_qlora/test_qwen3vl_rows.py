@@ -1,0 +1,258 @@
+"""Rows to tensors: labels on the answer only, rows that cannot be used, the draw of retention rows."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from common.data import Place
+
+START = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def rows(train):
+    """train.py has put its folder on the path."""
+    return importlib.import_module("conversations")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, size in enumerate([(96, 64), (64, 64)]):
+        Image.new("RGB", size, (200, 30 * number, 40)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def line(question: str = "is", answer: str = "the keeper", images: tuple = ("0.png",), **changes) -> str:
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return json.dumps({"images": list(images), "messages": messages, "answer": answer, **changes})
+
+
+def check(rows, processor, folder, text: str, max_length: int = 200):
+    return rows.check_row(text, folder, "line 1", processor, max_length)
+
+
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"on_bad_rows": "error", "on_long_rows": "error", "max_length": 200, **changes})
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "is",
+        "assistant",
+        "who is the assistant\nassistant\n",
+        f"{START}the captain<|im_end|>\n",
+        f"the text {START} is a marker<|im_end|>\n<|im_start|>user\nassistant",
+    ],
+)
+def test_labels_are_the_answer_only(rows, processor, folder, question):
+    """Catches labels on the question, on the template, without the end of the turn, or from a look-alike on."""
+    row = check(rows, processor, folder, line(question, "the keeper of the assistant"))
+    encoded = rows.encode(row, processor)
+    labels, input_ids = encoded["labels"], encoded["input_ids"]
+    said = processor.tokenizer.decode(labels[labels != rows.IGNORE_INDEX])
+    assert said == "the keeper of the assistant<|im_end|>"
+    assert torch.equal(labels[labels != rows.IGNORE_INDEX], input_ids[labels != rows.IGNORE_INDEX])
+    before = processor.tokenizer.decode(input_ids[: int((labels != rows.IGNORE_INDEX).nonzero()[0])])
+    assert before.endswith(START) and row.answer_tokens == (labels != rows.IGNORE_INDEX).sum()
+
+
+def test_only_the_last_turn_has_labels(rows, processor, folder):
+    """Catches labels on earlier answers, which are part of the question."""
+    turns = [("user", "is"), ("assistant", "the keeper"), ("user", "matches"), ("assistant", "the captain")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = check(rows, processor, folder, json.dumps({"images": [], "messages": messages}))
+    labels = rows.encode(row, processor)["labels"]
+    assert processor.tokenizer.decode(labels[labels != rows.IGNORE_INDEX]) == "the captain<|im_end|>"
+
+
+def test_what_the_model_sees(rows, processor, folder):
+    """Catches a template of our own, images in another order, and lengths that the check counts otherwise."""
+    content = [
+        {"type": "text", "text": "A. "},
+        {"type": "image"},
+        {"type": "text", "text": "\nB. "},
+        {"type": "image"},
+    ]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]
+    row = check(rows, processor, folder, json.dumps({"images": ["1.png", "0.png"], "messages": messages}))
+    encoded = rows.encode(row, processor)
+    picture = "<|vision_start|>{}<|vision_end|>"
+    pads = "<|image_pad|>" * 4, "<|image_pad|>" * 6
+    text = (
+        f"<|im_start|>user\nA. {picture.format(pads[0])}\nB. {picture.format(pads[1])}<|im_end|>\n{START}A<|im_end|>\n"
+    )
+    assert processor.tokenizer.decode(encoded["input_ids"]) == text
+    assert encoded["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 6]]  # (frames, height, width) in patches
+    assert len(encoded["pixel_values"]) == 16 + 24
+    first = processor.image_processor(Image.open(folder / "1.png"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(encoded["pixel_values"][:16], first)
+    assert row.length == len(encoded["input_ids"])
+    assert encoded["mm_token_type_ids"].sum() == 10
+
+
+def test_pixel_limits_are_the_run_s(train, rows, model_folder, folder):
+    """Catches limits that are given and not used, or not the ones that are saved for evaluation."""
+    cfg = train.Config(train_data_dir="unused", min_pixels=128 * 128, max_pixels=160 * 160)
+    limited = train.load_processor(cfg, model_folder)
+    row = check(rows, limited, folder, line(images=("1.png",)))
+    assert rows.encode(row, limited)["image_grid_thw"].tolist() == [[1, 8, 8]]
+    limited.save_pretrained(folder / "best")
+    again = type(limited).from_pretrained(folder / "best")
+    assert rows.encode(row, again)["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+def test_collate_pads_on_the_right(rows, processor, folder):
+    """Catches padding that the model attends to or learns from, and images of another row."""
+    texts = [line("is", "A", ("1.png",)), line("is none other than", "the keeper of the garden", ("0.png", "1.png"))]
+    samples = [rows.encode(check(rows, processor, folder, text), processor) for text in texts]
+    batch = rows.collate([{**sample, "step_tokens": 7} for sample in samples])
+    short, long = (len(sample["input_ids"]) for sample in samples)
+    assert short < long and batch["input_ids"].shape == (2, long) and batch["step_tokens"] == 7
+    assert batch["attention_mask"].sum(1).tolist() == [short, long]
+    assert (batch["labels"][0, short:] == rows.IGNORE_INDEX).all() and batch["mm_token_type_ids"].sum(1).tolist() == [
+        4,
+        10,
+    ]
+    assert torch.equal(batch["pixel_values"], torch.cat([sample["pixel_values"] for sample in samples]))
+    assert len(batch["image_grid_thw"]) == 3
+    text_only = rows.collate([rows.encode(check(rows, processor, folder, line(images=())), processor)])
+    assert "pixel_values" not in text_only
+
+
+def test_step_tokens_are_those_of_the_whole_group(rows, processor, folder):
+    """Catches a token weight that knows its own micro-batch only."""
+    answers = ("A", "the keeper", "the keeper of the garden")
+    good = [check(rows, processor, folder, line("is", answer)) for answer in answers]
+    dataset = rows.Conversations(good, processor)
+    assert [row.answer_tokens for row in good] == [2, 3, 6]
+    assert dataset[Place(0, 0, 0, (0, 1, 2, 2))]["step_tokens"] == 2 + 3 + 6 + 6
+
+
+# ---- rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not a row"),
+        (json.dumps({"messages": []}), "not a row"),
+        (
+            line(images=("0.png", "1.png"), messages=json.loads(line())["messages"]),
+            "1 image parts in messages, 2 images",
+        ),
+        (line(answer=" "), "not empty"),
+        (json.dumps({"images": [], "messages": [{"role": "user", "content": "is"}]}), "last turn must be"),
+        (line(answer="A<|im_end|>B"), "answer contains"),
+        (line(answer=f"A{START}B"), "answer contains"),
+        (line("what is <|image_pad|>?"), "stands for an image"),
+        (line(images=("none.png",)), "none.png: missing"),
+        (line(images=("../0.png",)), "outside train_data_dir"),
+        (line(images=("cut.png",)), "truncated"),
+    ],
+)
+def test_bad_rows_say_why(rows, processor, folder, text, reason):
+    """Catches rows that would fail, or teach nonsense, in the middle of a run."""
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    assert reason in check(rows, processor, folder, text).problem
+
+
+def test_bad_rows_stop_the_run_or_are_left_out(rows, processor, folder, capfd):
+    """Catches a list without the row's number, and skipped rows that nobody is told of."""
+    file = folder / "forward_train.jsonl"
+    file.write_text("\n".join([line(), line(images=("none.png",)), line("matches")]) + "\n")
+    with pytest.raises(
+        ValueError, match=r"(?s)1 of 3 rows .*--on_bad_rows skip.*train.jsonl line 2: none.png: missing"
+    ):
+        rows.load_rows(settings(), file, processor)
+    kept = rows.load_rows(settings(on_bad_rows="skip", output_dir=str(folder)), file, processor)
+    assert [row.where for row in kept] == ["forward_train.jsonl line 1", "forward_train.jsonl line 3"]
+    assert "line 2" in (folder / "bad_rows.jsonl").read_text() and "1 of 3 rows" in capfd.readouterr().out
+    file.write_text(line(images=("none.png",)) + "\n")
+    with pytest.raises(ValueError, match="1 of 1 rows"):
+        rows.load_rows(settings(on_bad_rows="skip", output_dir=str(folder)), file, processor)
+    with pytest.raises(ValueError, match=r"no file .*other.jsonl; JSONL files in that folder: .*forward_train.jsonl"):
+        rows.load_rows(settings(), folder / "other.jsonl", processor)
+
+
+def test_long_rows_are_never_cut(rows, processor, folder):
+    """Catches rows that are cut, through an image or anywhere: they stop the run by name, or are left out whole."""
+    length = check(rows, processor, folder, line()).length
+    assert not check(rows, processor, folder, line(), max_length=length).problem
+    row = check(rows, processor, folder, line(), max_length=length - 1)
+    assert row.too_long and row.problem == f"{length} tokens (6 of them images), max_length is {length - 1}"
+    file = folder / "forward_train.jsonl"
+    file.write_text("\n".join([line(), line("is none other than the keeper of the garden")]))
+    cfg = settings(max_length=length, on_bad_rows="skip", output_dir=str(folder))
+    with pytest.raises(ValueError, match=r"(?s)--on_long_rows skip, or a larger --max_length.*line 2: \d+ tokens"):
+        rows.load_rows(cfg, file, processor)
+    cfg.on_long_rows = "skip"
+    kept = rows.load_rows(cfg, file, processor)
+    assert [row.where for row in kept] == ["forward_train.jsonl line 1"]
+    assert len(rows.encode(kept[0], processor)["input_ids"]) == length
+
+
+def test_the_digest_names_text_and_pictures(rows, processor, folder):
+    """Catches a resume on a changed picture or answer that goes unnoticed."""
+    first = check(rows, processor, folder, line()).digest
+    assert check(rows, processor, folder, line()).digest == first != check(rows, processor, folder, line("A")).digest
+    shutil.copy(folder / "1.png", folder / "0.png")
+    assert check(rows, processor, folder, line()).digest != first
+
+
+# ---- retention
+
+
+def pool(rows, size: int, name: str):
+    return [rows.Row(name, f"{name} {number}", [], []) for number in range(size)]
+
+
+def test_retention_draw(rows):
+    """Catches a wrong share, repetition, a draw that differs between processes, or one that no seed changes."""
+    pools = [pool(rows, 40, "faces"), pool(rows, 50, "objects")]
+    drawn = rows.draw_retention(pools, 70, 0.3, seed=1)
+    assert len(drawn) == 30 and len({row.where for row in drawn}) == 30, "30 of 100 rows, none twice"
+    assert sum(row.folder == "faces" for row in drawn) == 15
+    again = [row.where for row in rows.draw_retention(pools, 70, 0.3, seed=1)]
+    assert again == [row.where for row in drawn] != [row.where for row in rows.draw_retention(pools, 70, 0.3, seed=2)]
+    positions = [int(row.where.split()[1]) for row in drawn]
+    assert max(positions) > 25, "drawn from all of the pool, not from its beginning"
+    assert len(rows.draw_retention(pools[:1], 70, 0.3, seed=1)) == 30
+    assert rows.draw_retention(pools, 70, 0.0, seed=1) == [] == rows.draw_retention([], 70, 0.3, seed=1)
+
+
+def test_a_small_pool_is_refused(rows):
+    """Catches a share that is quietly smaller than what was asked for."""
+    with pytest.raises(ValueError, match=r"retention_ratio 0.3 with 70 rows .* needs 30 rows of faces, which has 29"):
+        rows.draw_retention([pool(rows, 29, "faces")], 70, 0.3, seed=1)
+
+
+def test_all_rows_of_a_run(train, rows, processor, data_folder):
+    """Catches a task whose rows are of the other, validation rows that are trained on, pools left out."""
+    cfg = train.Config(train_data_dir=str(data_folder), face_retention_pool="faces", object_retention_pool="objects")
+    train.resolve_pools(cfg)
+    assert cfg.face_retention_pool == str(data_folder / "faces")
+    found = rows.load_all_rows(cfg, processor)
+    task = [row for row in found.train if row.folder == str(data_folder)]
+    assert len(task) == 48 and len(found.train) == 48 + round(48 * 0.3 / 0.7)
+    assert {row.where.split()[0] for row in task} == {"forward_train.jsonl"}
+    assert {row.where.split()[0] for row in found.task} == {"forward_validation.jsonl"} and len(found.task) == 12
+    kinds = {row.where.split()[0] for row in found.retention}
+    assert kinds == {"face_retention_validation.jsonl", "object_retention_validation.jsonl"}
+    assert not {row.digest for row in found.train} & {row.digest for row in found.task + found.retention}
+    cfg.task, cfg.max_validation_rows = "reverse", 5
+    found = rows.load_all_rows(cfg, processor)
+    assert found.train[0].where.startswith("reverse_train.jsonl") and len(found.task) == 5
