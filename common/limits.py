@@ -52,13 +52,13 @@ MEMORY_LADDER = (
 
 
 @contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
+def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
     """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try
     next."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} {MEMORY_LADDER}")
+        sys.exit(f"error: {str(error).splitlines()[0]} {memory_advice}")
     except ValueError as error:
         repository = str(Path(__file__).resolve().parents[1])
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename

@@ -79,7 +79,7 @@ class Config:
     """Every setting of the recipe. `configs/*.yaml` sets them, flags on the command line override."""
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.2-klein-base-9B"
-    """folder in diffusers' layout or a hub name; "tiny" is the embedded model that make_tiny.py builds"""
+    """local folder or a hub name; "tiny" is the embedded model that make_tiny.py builds"""
     transformer_path: str | None = None
     """another folder of transformer weights to start from, for example export/transformer of an earlier run"""
     allow_distilled: bool = False
@@ -87,18 +87,18 @@ class Config:
     train_data_dir: str | None = None
     """folder of the training images; manifest paths are relative to it; "tiny" is the embedded drawn data"""
     train_data_meta: str | None = None
-    """manifest (JSON, JSONL, parquet, tar shards); found by its usual names in train_data_dir when not given"""
+    """manifest, where it is not found by its usual names in train_data_dir"""
     output_dir: str = ""
     """where everything is written; outputs/<recipe>/<config> of the repository when empty"""
     overwrite_output_dir: bool = False
-    """delete the checkpoints, pictures and export of an earlier run in output_dir (the embedding cache stays)"""
+    """delete what an earlier run saved in output_dir"""
     cache_dir: str | None = None
     """where encoded latents and prompts are kept, for several runs if wanted; <output_dir>/embedding_cache if not
     given"""
     on_bad_rows: Literal["error", "skip"] = "error"
     """what a missing, broken or captionless row does: stop with a list, or be left out and listed in bad_rows.jsonl"""
     seed: int = 42
-    """seed of everything: order, noise, timesteps, held-out rows, validation pictures"""
+    """seed of everything that is drawn at random"""
     launch: str = "single"
     """launch file in accelerate/ that run.sh uses; LAUNCH=... overrides it"""
 
@@ -121,7 +121,7 @@ class Config:
     num_train_epochs: int = 0
     """when given, sets max_train_steps to this many passes over the data"""
     dataloader_num_workers: int = 2
-    """processes that read the cache ahead"""
+    """processes that prepare batches ahead"""
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "flash_adamw", "adafactor"] = "adamw"
     """see common/optimizers.py for memory and where each may run"""
@@ -179,8 +179,7 @@ class Config:
     export_model: bool = True
     """write export/transformer at the end"""
     validation_steps: int = 100
-    """steps between validations (pictures, held-out loss), and one before the first step and at the end; 0 does
-    none"""
+    """steps between validations, and one before the first step and at the end; 0 does none"""
     validation_prompts: tuple[str, ...] = ()
     """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt); the captions of four
     held-out rows when not given"""
@@ -199,7 +198,7 @@ class Config:
     tracker_project_name: str = ""
     """project name at the tracker; the recipe folder's name when empty"""
     benchmark: bool = False
-    """random weights of the full size, random embeddings: print throughput, MFU and memory, and stop"""
+    """random weights and inputs of the full size: print throughput, MFU and memory, and stop"""
     benchmark_prompt_tokens: int = 512
     """prompt length of the benchmark"""
 

@@ -45,6 +45,10 @@ from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_ste
 LENGTH_BUCKET = 64  # tokens; rows of one bucket share a step with --group_by_length
 # none of the vision tower, whose layers are named qkv and proj
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+MEMORY_ADVICE = (
+    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with --gradient_accumulation_steps; "
+    "a smaller --max_pixels or --max_length; --optimizer paged_adamw_8bit; a smaller model of the family"
+)
 FULL_SIZE = {  # Qwen/Qwen3-VL-32B-Instruct's config.json: 33.36 billion parameters
     "text_config": {
         "vocab_size": 151936,
@@ -703,5 +707,5 @@ def print_next_steps(run: Run, cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    with explained_errors(MEMORY_ADVICE):
         main()
