@@ -149,10 +149,10 @@ def shard_model(
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    inner = (
-        MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32) if compute_dtype else MixedPrecisionPolicy()
-    )
-    outer = replace(inner, output_dtype=torch.float32) if compute_dtype else inner  # blocks pass bf16 to each other
+    outer = inner = MixedPrecisionPolicy()
+    if compute_dtype:  # the root casts what comes in; blocks take it as it is, with rotary embeddings in float32
+        outer = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        inner = replace(outer, output_dtype=None, cast_forward_inputs=False)
     settings = {
         "mesh": mesh,
         "reshard_after_forward": reshard,
