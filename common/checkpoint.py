@@ -21,8 +21,11 @@ from common.sharding import Ema, safetensors_reader
 STATE_FILE = "trainer_state.json"
 
 
-def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool) -> None:
+def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
     """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
+
+    Recipes call it twice: at first with delete=False, and again when data and model are there, so that a mistake in
+    the settings deletes nothing.
 
     A new run must find no checkpoints, pictures or export, and a resumed one no checkpoints newer than its own:
     "latest" must never mean another branch.
@@ -41,7 +44,7 @@ def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: boo
             f"output_dir {folder} holds {earlier[0].name} of another run; go on with --resume_from_checkpoint latest, "
             "take another --output_dir, or delete it with --overwrite_output_dir"
         )
-    for path in [*earlier, *folder.glob("checkpoint-*.partial")]:
+    for path in [*earlier, *folder.glob("checkpoint-*.partial")] if delete else []:
         shutil.rmtree(path)
 
 

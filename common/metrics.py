@@ -31,13 +31,17 @@ class Meter:
         self.run, self.cfg = run, cfg
         self.folder = Path(cfg.output_dir)
         self.curve_drawn = 0.0
-        self.peak_flops = matmul_ceiling(run.device)
-        self.skipped_steps = self.nonfinite_steps = 0  # of an fp16 run's scaler; in a row
+        self.peak_flops = matmul_ceiling(
+            run.device, torch.float16 if cfg.mixed_precision == "fp16" else torch.bfloat16
+        )
+        self.nonfinite_steps = self.skipped_in_a_row = 0
         self.bar: tqdm | None = None  # begins with the first step, so that a validation before it does not count
         self.start_step()
         if run.is_main:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 keep_rows_until(self.folder / name, first_step)
+        rows = read_rows(self.folder / "metrics.jsonl")
+        self.skipped_steps = rows[-1].get("skipped_steps", 0) if rows else 0  # by an fp16 run's loss scale
         if cfg.report_to != "none":
             settings = {name: str(value) for name, value in dataclasses.asdict(cfg).items()}
             project = cfg.tracker_project_name or run.recipe_dir.name
@@ -91,7 +95,9 @@ class Meter:
             "peak_memory_gib": peak_memory_gib(self.run.device),
         }
         if self.run.accelerator.scaler is not None:
-            self.skipped_steps += int(self.run.accelerator.optimizer_step_was_skipped)
+            skipped = self.run.accelerator.optimizer_step_was_skipped
+            self.skipped_steps += int(skipped)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             row["skipped_steps"] = self.skipped_steps
         last = step == self.cfg.max_train_steps or runtime.stop_requested()
         if self.run.is_main and (last or step == 1 or step % self.cfg.logging_steps == 0):
@@ -109,10 +115,20 @@ class Meter:
                 dynamic_ncols=True,
                 desc="train",
             )
-        self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}", s=f"{seconds:.2f}", refresh=False)
+        shown = {"skipped": self.skipped_steps} if self.skipped_steps else {}
+        self.bar.set_postfix(
+            loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}", s=f"{seconds:.2f}", refresh=False, **shown
+        )
         self.bar.update(1)
         self.nonfinite_steps = 0 if math.isfinite(row["loss"]) else self.nonfinite_steps + 1
-        if self.nonfinite_steps > getattr(self.cfg, "max_nonfinite_steps", 0):
+        limit = getattr(self.cfg, "max_nonfinite_steps", 0)
+        if self.skipped_in_a_row > 2 * limit:  # a new scale is found within 16
+            raise ValueError(
+                f"{self.skipped_in_a_row} steps in a row had gradients that are not finite, at step {step}: lower "
+                f"--learning_rate (got {self.cfg.learning_rate}), look at the rows with the longest answers, or use "
+                "--mixed_precision bf16 on a card that has it"
+            )
+        if self.nonfinite_steps > limit:
             raise ValueError(
                 f"the loss is {row['loss']} at step {step}: lower --learning_rate (got {self.cfg.learning_rate}), "
                 "keep --max_grad_norm at 1.0, "
@@ -143,11 +159,11 @@ def keep_rows_until(path: Path, step: int) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def matmul_ceiling(device: torch.device) -> float:
-    """Measured matrix-product rate in FLOP/s (bf16 8192 cubed on a GPU, float32 512 cubed on a CPU): what MFU is a
-    share of."""
+def matmul_ceiling(device: torch.device, gpu_dtype: torch.dtype = torch.bfloat16) -> float:
+    """Measured matrix-product rate in FLOP/s (8192 cubed in half precision on a GPU, float32 512 cubed on a CPU): what
+    MFU is a share of."""
     on_cuda = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_cuda else (512, torch.float32)
+    size, dtype = (8192, gpu_dtype) if on_cuda else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(10):

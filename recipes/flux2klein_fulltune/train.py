@@ -727,7 +727,7 @@ def main(argv: list[str] | None = None) -> None:
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps
     resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
-    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
 
     if cfg.benchmark:
         folder, scheduler_config = (
@@ -799,6 +799,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = MicroBatchSampler(
         bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step, shape_ids
     )
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)  # now deletes what was there
     if run.is_main:
         save_config(cfg, Path(cfg.output_dir) / "config.yaml")
         write_environment(run, cfg)

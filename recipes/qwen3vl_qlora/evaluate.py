@@ -310,7 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--object_retention_pool", help="folder of object questions; the run's when not given")
     parser.add_argument("--task", choices=["all", *SCORES], default="all", help="what to ask")
     parser.add_argument("--split", choices=SPLITS, default="test", help="rows to ask")
-    parser.add_argument("--output_dir", type=Path, help="where results go; evaluation/ beside model_path if not given")
+    parser.add_argument("--output_dir", type=Path, help="where results go; beside model_path if not given")
     parser.add_argument("--save_examples", type=int, default=10, help="rows of each task in examples.jsonl")
     parser.add_argument("--device_map", default="auto", help="how one process spreads the base over its GPUs")
     parser.add_argument("--precision", choices=list(DTYPES), help="as the run's mixed_precision when not given")
@@ -337,7 +337,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.quantization = args.quantization or run.get("quantization", "nf4")
     for name in ("face_retention_pool", "object_retention_pool", "min_pixels", "max_pixels"):
         setattr(args, name, getattr(args, name) or run.get(name))
-    args.output_dir = args.output_dir or args.model_path.parent / "evaluation"
+    name = "evaluation" if args.model_path.name == "best" else f"evaluation_{args.model_path.name}"
+    args.output_dir = args.output_dir or args.model_path.parent / name
+    if not run:
+        print(f"no config.yaml beside {args.model_path}: precision {args.precision}, quantization {args.quantization}")
     return args
 
 
@@ -366,5 +369,5 @@ def main(argv: list[str] | None = None, alone: bool = False) -> dict:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    with explained_errors("Try --batch_size 1, --quantization nf4, more GPUs (--device_map auto), --no-ablations"):
         main()

@@ -53,7 +53,9 @@ def read_rows(folder: Path, task: str, split: str) -> list[dict]:
         there = ", ".join(sorted(file.name for file in Path(folder).glob("*.jsonl"))) or "none"
         raise ValueError(f"no file {path}; JSONL files in that folder: {there}; the generators write them")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not at every Unicode line break
+        if not line:
+            continue
         try:
             row = json.loads(line)
             parts = row["messages"][0]["content"]

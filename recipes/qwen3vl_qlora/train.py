@@ -42,12 +42,12 @@ from common.optimizers import build_optimizer
 from common.runtime import Run, on_main
 from common.steps import assert_ranks_agree, clip_gradients, lr_factor, seed_step, set_learning_rate
 
-LENGTH_BUCKET = 64  # tokens; rows of one bucket share a step with --group_by_length
+LENGTH_BUCKET = 64  # tokens; rows of one bucket share a micro-batch with --group_by_length
 # none of the vision tower, whose layers are named qkv and proj
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 MEMORY_ADVICE = (
-    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with --gradient_accumulation_steps; "
-    "a smaller --max_pixels or --max_length; --optimizer paged_adamw_8bit; a smaller model of the family"
+    "In this order, try: --gradient_checkpointing; --train_batch_size 1 with --global_batch_size; "
+    "a smaller --max_pixels or --max_length; a smaller --lora_rank; a smaller model of the family"
 )
 FULL_SIZE = {  # Qwen/Qwen3-VL-32B-Instruct's config.json: 33.36 billion parameters
     "text_config": {
@@ -115,7 +115,7 @@ class Config:
     max_pixels: int = 512 * 512
     """an image of more pixels is shrunk; saved with the adapters, so that evaluation does the same"""
     group_by_length: bool = False
-    """make each step of rows of about one length (buckets of 64 tokens): less padding"""
+    """make each micro-batch of rows of about one length (buckets of 64 tokens): less padding"""
     train_batch_size: int = 1
     """samples a process sees at once"""
     gradient_accumulation_steps: int = 1
@@ -179,7 +179,7 @@ class Config:
     validation_steps: int = 100
     """steps between validations, and one before the first step and at the end; 0 does none"""
     validation_epochs: float = 1.0
-    """when given, sets validation_steps to this many passes over the data; 0 leaves validation_steps alone"""
+    """when given, sets validation_steps (unless that is 0) to this many passes over the data; 0 leaves it alone"""
     max_validation_rows: int = 0
     """rows of the task, and of each retention pool, to validate on at most (the first ones); 0 takes all"""
     best_metric: Literal["validation_loss", "task_accuracy"] = "validation_loss"
@@ -498,6 +498,9 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
     if run.is_main:
         row |= {"train_loss": mean_train_loss(cfg, schedule, step)} if step else {}
         append_row(Path(cfg.output_dir) / "validation.jsonl", row)
+        if cfg.report_to != "none":
+            numbers = {f"validation/{name}": value for name, value in row.items() if isinstance(value, float)}
+            run.accelerator.log(numbers, step=step)
         said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
         run.print(f"step {step}: {said}; {schedule.decision or 'before training'}{', best so far' * is_best}")
     models.schedule = dataclasses.replace(schedule, history=(*schedule.history, row))
@@ -508,6 +511,24 @@ def validate(run: Run, cfg: Config, models: Models, step: int) -> None:
     run.barrier()
     if schedule.stop_reason:
         runtime.request_stop(schedule.stop_reason)
+
+
+def resumed_schedule(schedule: Schedule, before: dict, cfg: Config) -> Schedule:
+    """The saved state under this run's settings: a stop that was decided by settings that have changed is taken back,
+    and best/ begins anew under another measure."""
+    deciding = (
+        "min_lr",
+        "min_val_loss",
+        "learning_rate",
+        "lr_reduction_factor",
+        "lr_patience",
+        "improvement_threshold",
+    )
+    if any(before[name] != getattr(cfg, name) for name in deciding):
+        schedule = dataclasses.replace(schedule, stop_reason="")
+    if before["best_metric"] != cfg.best_metric:
+        schedule = dataclasses.replace(schedule, best=None, best_step=0)
+    return schedule
 
 
 def mean_train_loss(cfg: Config, schedule: Schedule, step: int) -> float:
@@ -547,16 +568,17 @@ def save_adapters(run: Run, cfg: Config, models: Models, name: str) -> None:
     run.barrier()
 
 
-def claim_adapters(output_dir: str, resume: Path | None, overwrite: bool) -> None:
-    """Refuse to overwrite an earlier run's adapters, or delete them when told to, as claim_output_dir does with
-    checkpoints."""
-    earlier = [path for name in ("best", "final") if (path := Path(output_dir) / name).is_dir() and resume is None]
+def claim_adapters(output_dir: str, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
+    """Refuse to overwrite an earlier run's adapters and their evaluation, or delete them when told to, as
+    claim_output_dir does with checkpoints."""
+    names = () if resume else ("best", "final", "evaluation")
+    earlier = [path for name in names if (path := Path(output_dir) / name).is_dir()]
     if earlier and not overwrite:
         raise ValueError(
             f"output_dir {output_dir} holds {earlier[0].name}/ of another run; go on with "
             "--resume_from_checkpoint latest, take another --output_dir, or delete it with --overwrite_output_dir"
         )
-    for path in earlier:
+    for path in earlier if delete else []:
         shutil.rmtree(path)
 
 
@@ -572,32 +594,37 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.scaler is None:  # then nothing skips a step whose loss is not finite
         cfg.max_nonfinite_steps = 0
     resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
-    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)
-    on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir)
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
+    on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
 
     group_size, dtype = cfg.train_batch_size * accumulation * run.world_size, compute_dtype(cfg)
     if cfg.benchmark:
         processor, rows, config = None, Rows([], [], []), Qwen3VLConfig(**FULL_SIZE)
         base = random_base(config, dtype, run.device)
-        dataset, bucket_ids = RandomRows(cfg, config, group_size), [0] * 64
+        dataset, shape_ids = RandomRows(cfg, config, group_size), None
         cfg.validation_steps = 0
     else:
         folder = on_main(run, base_folder, cfg.pretrained_model_name_or_path)
         processor = load_processor(cfg, folder)
         rows = on_main(run, load_all_rows, cfg, processor)
         dataset = Conversations(rows.train, processor)
-        bucket_ids = [row.length // LENGTH_BUCKET if cfg.group_by_length else 0 for row in rows.train]
+        shape_ids = [row.length // LENGTH_BUCKET for row in rows.train] if cfg.group_by_length else None
         lengths = [row.length for row in rows.train]
         run.print(
             f"{len(rows.train)} rows to train on, of {min(lengths)} to {max(lengths)} tokens; to validate on "
             f"{len(rows.task)} of the task and {len(rows.retention)} of retention"
         )
         base = load_base(folder, dtype, run.device, cfg.quantization)
-    steps_per_epoch = len(dataset) / group_size
+    bucket_ids, steps_per_epoch = [0] * len(dataset), len(dataset) / group_size
     if cfg.num_train_epochs:
         cfg.max_train_steps = math.ceil(cfg.num_train_epochs * steps_per_epoch)
-    if cfg.validation_epochs and not cfg.benchmark:
+    if cfg.validation_epochs and cfg.validation_steps and not cfg.benchmark:
         cfg.validation_steps = max(1, round(cfg.validation_epochs * steps_per_epoch))
+    if not cfg.benchmark:
+        every = f"every {cfg.validation_steps}" if cfg.validation_steps else "never"
+        run.print(
+            f"{cfg.max_train_steps} steps of {group_size} rows, {steps_per_epoch:.1f} an epoch; validation: {every}"
+        )
     cfg.lr_warmup_steps = cfg.lr_warmup_steps or math.ceil(cfg.lr_warmup_ratio * cfg.max_train_steps)
     if warning := plateau_warning(cfg):
         run.print(warning)
@@ -625,11 +652,14 @@ def main(argv: list[str] | None = None) -> None:
         run.print(f"resumed from {resume} at step {step}; settings changed since: {changed_settings(state, cfg)}")
         if state["data"] != models.data_digest:
             run.print("the data changed since that checkpoint: the order of samples is not a continuation of it")
+        models.schedule = resumed_schedule(models.schedule, state["config"], cfg)
         if models.schedule.stop_reason:
             runtime.request_stop(models.schedule.stop_reason)
     sampler = MicroBatchSampler(
-        bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step
+        bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step, shape_ids
     )
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)  # now deletes what was there
+    on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir)
     if run.is_main:
         save_config(cfg, Path(cfg.output_dir) / "config.yaml")
         write_environment(run, cfg)

@@ -79,6 +79,38 @@ def test_only_the_last_turn_has_labels(rows, processor, folder):
     assert processor.tokenizer.decode(labels[labels != rows.IGNORE_INDEX]) == "the captain<|im_end|>"
 
 
+@pytest.mark.parametrize("earlier", [(), ("user", "is"), ("assistant", "the keeper")])
+def test_a_tokenizer_that_merges_line_breaks(rows, processor, folder, earlier, monkeypatch):
+    """Catches labels on an earlier turn, or a crash that names no row: Qwen's own tokenizer makes one token of the
+    marker's line break and the one that an answer begins with, so the marker is not found there."""
+    turns = [("user", "is"), ("assistant", "the keeper"), ("user", "matches")] if earlier else [("user", "matches")]
+    messages = [{"role": role, "content": text} for role, text in (*turns, ("assistant", "\nthe captain"))]
+    marker = processor.tokenizer(rows.ANSWER_START, add_special_tokens=False).input_ids
+    merged = processor.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
+    real = type(processor.tokenizer).__call__
+
+    def merging(tokenizer, text, **options):
+        encoded = real(tokenizer, text, **options)
+        ids, last = encoded["input_ids"], len(encoded["input_ids"])
+        if isinstance(text, str) and "\nthe captain" in text:
+            last = max(i for i in range(len(ids)) if ids[i : i + len(marker)] == marker) + len(marker) - 1
+            encoded["input_ids"] = [*ids[:last], merged, *ids[last + 2 :]]
+        return encoded
+
+    monkeypatch.setattr(type(processor.tokenizer), "__call__", merging)
+    row = check(rows, processor, folder, json.dumps({"images": [], "messages": messages}))
+    assert "cannot be told from the template's" in row.problem
+
+
+def test_line_breaks_of_unicode_stay_in_their_row(rows, processor, folder, tmp_path):
+    """Catches a file that is cut at U+2028 inside a text."""
+    content = {"images": [], "messages": [{"role": "user", "content": "is\u2028"}]}
+    content["messages"].append({"role": "assistant", "content": "the captain"})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    cfg = SimpleNamespace(max_length=256, on_bad_rows="error", on_long_rows="error")
+    assert len(rows.load_rows(cfg, tmp_path / "rows.jsonl", processor)) == 1
+
+
 def test_what_the_model_sees(rows, processor, folder):
     """Catches a template of our own, images in another order, and lengths that the check counts otherwise."""
     content = [

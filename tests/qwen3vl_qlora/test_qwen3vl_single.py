@@ -95,6 +95,24 @@ def test_early_stop_ends_the_run(train, config, tmp_path, capfd):
     assert len(read_rows(tmp_path)) == 5 and "stopped at step 5: no improvement" in capfd.readouterr().out
 
 
+def test_a_stop_is_taken_back_by_other_settings(train, config, tmp_path):
+    """Catches a run that can never go on after its schedule has stopped it, whatever its user changes."""
+    flags = ["--config", config, "--output_dir", tmp_path, *FULL]
+    run_main(train, [*flags, "--min_lr", 0.0015])
+    run_main(train, [*flags, "--min_lr", 0, "--resume_from_checkpoint", "latest"])
+    assert len(read_rows(tmp_path)) > 5
+
+
+def test_a_mistake_deletes_nothing(train, config, tmp_path):
+    """Catches --overwrite_output_dir deleting an earlier run before the data of the new one is looked at."""
+    run_main(train, ["--config", config, "--output_dir", tmp_path, *FULL])
+    kept = {path.name for path in tmp_path.iterdir()}
+    flags = ["--overwrite_output_dir", "--train_data_dir", tmp_path / "typo"]
+    with pytest.raises(ValueError, match="typo"):
+        run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
+    assert {"best", "final", "checkpoint-8"} <= kept and kept <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_low_validation_loss_ends_the_run(train, config, tmp_path):
     flags = ["--min_val_loss", 100.0, "--validation_steps", 2, "--max_train_steps", 6]
     run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
@@ -159,7 +177,7 @@ def test_without_validation_best_is_final(train, config, tmp_path):
 
 def test_an_epoch_is_the_default_between_validations(train, config, tmp_path):
     """Catches epochs that forget the retention rows: 48 + 21 rows in steps of 8 are 8.6, so 9 steps."""
-    flags = ["--max_train_steps", 10, "--validation_epochs", 1, "--max_validation_rows", 2]
+    flags = ["--max_train_steps", 10, "--validation_epochs", 1, "--validation_steps", 5, "--max_validation_rows", 2]
     run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
     assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 9, 10]
     flags = ["--num_train_epochs", 1, "--lr_warmup_ratio", 0.3]
