@@ -17,7 +17,7 @@ def main() -> None:
             target = ROOT / "tests/frozen" / recipe.name
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
-            for name in ("train.py", "accelerate", "deepspeed"):
+            for name in ("train.py", "conversations.py", "plateau.py", "accelerate", "deepspeed"):
                 copy = shutil.copytree if (recipe / name).is_dir() else shutil.copy
                 if (recipe / name).exists():
                     copy(recipe / name, target / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_main
+from helpers import ROOT, column, largest_difference, load_script, read_rows, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -168,6 +168,15 @@ def test_golden_losses(recipe, tmp_path):
 
 
 # ---- users' mistakes
+
+
+def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
+    """Catches a change of common/ that breaks recipes which people copied earlier (signatures only grow)."""
+    frozen = ROOT / "tests/frozen" / Path(__file__).parent.name
+    flags = ["--max_train_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 2, "--export_model"]
+    run_main(load_script(frozen / "train.py"), ["--config", config, "--output_dir", tmp_path, *flags])
+    assert column(tmp_path)[1] == pytest.approx(column(straight)[1], rel=1e-5)
+    assert len(read_rows(tmp_path)) == 2 and (tmp_path / "export/transformer/config.json").is_file()
 
 
 @pytest.fixture(scope="module")

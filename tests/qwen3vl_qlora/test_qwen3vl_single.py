@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, column, largest_difference, read_rows, run_main
+from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main
 from safetensors.torch import load_file
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
@@ -260,6 +261,16 @@ def test_curves_mark_the_reductions(straight):
     with mock.patch.object(Axes, "axvline", lambda axis, x, **style: marked.append(x) or original(axis, x, **style)):
         metrics.draw_curves(straight)
     assert sorted(set(marked)) == [3, 5, 7]
+
+
+@pytest.mark.slow
+def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
+    """Catches a change of common/ that breaks recipes which people copied earlier (signatures only grow). In a process
+    of its own, where the copy's own modules are found."""
+    frozen = ROOT / "tests/frozen" / Path(__file__).parent.name / "train.py"
+    run_command([sys.executable, frozen, "--config", config, "--output_dir", tmp_path, *FULL]).check()
+    assert largest_difference(column(tmp_path), column(straight)) < 1e-5
+    assert (tmp_path / "best").is_dir() and (tmp_path / "final").is_dir()
 
 
 def test_saved_config_gives_the_same_run(train, straight, tmp_path):

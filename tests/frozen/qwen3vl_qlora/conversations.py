@@ -1,0 +1,236 @@
+"""From JSONL rows to what the model sees: the check of every row, labels on the answer only, retention rows, padding.
+
+A row is a conversation with images (see rows.py); its last turn is the answer. Token tensors are (L,) for a row and
+(B, L) for a micro-batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import Qwen3VLProcessor
+
+from common.data import Place
+from common.images import check_image, decode_image
+from common.manifest import inside_folder
+from common.metrics import append_row
+
+IGNORE_INDEX = -100  # what cross_entropy leaves out
+ANSWER_START, ANSWER_END = "<|im_start|>assistant\n", "<|im_end|>"
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+@dataclass
+class Row:
+    """One line of a JSONL file after the check: a conversation with its images, the last turn being the answer."""
+
+    folder: str  # that `images` are relative to
+    where: str  # "forward_train.jsonl line 7", for messages
+    images: list[str]
+    messages: list[dict]
+    length: int = 0  # tokens, images included
+    answer_tokens: int = 0  # tokens with a label
+    digest: str = ""  # of the line and of the images' bytes
+    problem: str = ""
+    too_long: bool = False
+
+
+def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, max_length: int) -> Row:
+    """Read and check one line; what is wrong with it goes into the row's `problem`."""
+    row = Row(str(folder), where, [], [])
+    try:
+        content = json.loads(line)
+        row.images, row.messages = list(content["images"]), list(content["messages"])
+        turns = [(message["role"], part_texts(message)) for message in row.messages]
+        parts = [
+            part for message in row.messages if not isinstance(message["content"], str) for part in message["content"]
+        ]
+        pictures = sum(part["type"] == "image" for part in parts)
+    except (ValueError, KeyError, TypeError) as error:
+        row.problem = f"not a row ({type(error).__name__}: {error}); expected the keys images and messages"
+        return row
+    answer = "".join(turns[-1][1]) if turns and turns[-1][0] == "assistant" else ""
+    if pictures != len(row.images):
+        row.problem = f"{pictures} image parts in messages, {len(row.images)} images; expected the same number"
+    elif not answer.strip():
+        row.problem = "the last turn must be the assistant's answer, and not empty"
+    elif ANSWER_END in answer or ANSWER_START in answer:
+        row.problem = f"the answer contains {ANSWER_START!r} or {ANSWER_END!r}, which end it for the model"
+    elif any(IMAGE_TOKEN in text for _, texts in turns for text in texts):
+        row.problem = f"a text contains {IMAGE_TOKEN}, which stands for an image"
+    if row.problem:
+        return row
+    digest, image_tokens = hashlib.blake2b(line.encode(), digest_size=16), 0
+    for name in row.images:
+        try:
+            data = inside_folder(folder, name).read_bytes()
+            width, height = check_image(data, decode=True, max_pixels=Image.MAX_IMAGE_PIXELS or 2**62)
+        except FileNotFoundError:
+            row.problem = f"{name}: missing"
+            return row
+        except (OSError, ValueError) as error:
+            row.problem = f"{name}: {error}"
+            return row
+        digest.update(data)
+        images = processor.image_processor
+        image_tokens += images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+    input_ids = processor.tokenizer(processor.apply_chat_template(row.messages, tokenize=False)).input_ids
+    start, end = answer_span(input_ids, processor.tokenizer)
+    labelled = processor.tokenizer.decode(input_ids[start:end]).removesuffix(ANSWER_END)
+    if not labelled.strip().endswith(answer.strip()):
+        row.problem = "the answer's tokens cannot be told from the template's; does it begin with a line break?"
+        return row
+    row.answer_tokens, row.length = end - start, len(input_ids) - len(row.images) + image_tokens
+    row.digest, row.too_long = digest.hexdigest(), row.length > max_length
+    if row.too_long:
+        row.problem = f"{row.length} tokens ({image_tokens} of them images), max_length is {max_length}"
+    return row
+
+
+def part_texts(message: dict) -> list[str]:
+    """The text parts of one turn, whose content is a string or a list of parts."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def answer_span(input_ids: Sequence[int], tokenizer) -> tuple[int, int]:
+    """(start, end) of the tokens with labels: what follows the last "<|im_start|>assistant\\n" up to its <|im_end|>,
+    which is included.
+
+    The whole sequence is looked for, and the last one is taken: "assistant", and even the sequence itself, may stand
+    in a question.
+    """
+    marker = tokenizer(ANSWER_START, add_special_tokens=False).input_ids
+    starts = [i for i in range(len(input_ids) - len(marker) + 1) if list(input_ids[i : i + len(marker)]) == marker]
+    if not starts:  # the answer's own line break was merged into the marker's
+        return 0, 0
+    start = starts[-1] + len(marker)
+    end = list(input_ids).index(tokenizer.convert_tokens_to_ids(ANSWER_END), start) + 1
+    return start, end
+
+
+def load_rows(cfg, file: Path, processor: Qwen3VLProcessor) -> list[Row]:
+    """The good rows of a file. ValueError lists the bad ones, unless on_bad_rows or on_long_rows says to skip them."""
+    if not file.is_file():
+        there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
+        raise ValueError(f"no file {file}; JSONL files in that folder: {there}; generate_data.py writes them")
+    lines = [(number, line) for number, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
+    rows = [check_row(line, file.parent, f"{file.name} line {n}", processor, cfg.max_length) for n, line in lines]
+    bad = [row for row in rows if row.problem]
+    fatal = [row for row in bad if (cfg.on_long_rows if row.too_long else cfg.on_bad_rows) == "error"]
+    if fatal or len(bad) == len(rows):
+        flag = "--on_long_rows skip, or a larger --max_length" if fatal and fatal[0].too_long else "--on_bad_rows skip"
+        listed = "".join(f"\n  {row.where}: {row.problem}" for row in (fatal or bad)[:20])
+        raise ValueError(f"{len(bad)} of {len(rows)} rows of {file} cannot be used; mend them, or {flag}:{listed}")
+    if bad:
+        for row in bad:
+            append_row(Path(cfg.output_dir) / "bad_rows.jsonl", {"where": row.where, "reason": row.problem})
+        print(f"{len(bad)} of {len(rows)} rows of {file} left out, listed in {cfg.output_dir}/bad_rows.jsonl")
+    return [row for row in rows if not row.problem]
+
+
+def resolve_pools(cfg) -> None:
+    """Pools inside train_data_dir may be named relative to it: make their paths whole."""
+    for name in ("face_retention_pool", "object_retention_pool"):
+        given = getattr(cfg, name)
+        if given and (Path(cfg.train_data_dir) / given).is_dir():
+            setattr(cfg, name, str(Path(cfg.train_data_dir) / given))
+
+
+def retention_files(cfg, split: str) -> list[Path]:
+    pools = {"face_retention": cfg.face_retention_pool, "object_retention": cfg.object_retention_pool}
+    return [Path(folder) / f"{task}_{split}.jsonl" for task, folder in pools.items() if folder]
+
+
+def draw_retention(pools: list[list[Row]], n_task_rows: int, ratio: float, seed: int) -> list[Row]:
+    """Retention rows for n_task_rows rows of the task, so that they are `ratio` of all: an equal share from each pool,
+    none twice, the same ones for the same seed. ValueError when a pool is too small."""
+    if not pools:
+        return []
+    wanted = round(n_task_rows * ratio / (1 - ratio))
+    drawn = []
+    for number, pool in enumerate(pools):
+        share = wanted // len(pools) + (number < wanted % len(pools))
+        if share > len(pool):
+            raise ValueError(
+                f"retention_ratio {ratio} with {n_task_rows} rows of the task needs {share} rows of {pool[0].folder}, "
+                f"which has {len(pool)}; make a larger pool, or lower --retention_ratio"
+            )
+        drawn += [pool[i] for i in np.random.RandomState([seed, number]).permutation(len(pool))[:share]]
+    return drawn
+
+
+@dataclass
+class Rows:
+    """All rows of a run: to train on (task and retention), to validate on (apart)."""
+
+    train: list[Row]
+    task: list[Row]
+    retention: list[Row]
+
+
+def load_all_rows(cfg, processor: Qwen3VLProcessor) -> Rows:
+    (Path(cfg.output_dir) / "bad_rows.jsonl").unlink(missing_ok=True)
+    train_file = Path(cfg.train_data_dir) / (cfg.train_data_meta or f"{cfg.task}_train.jsonl")
+    task = load_rows(cfg, train_file, processor)
+    pools = [load_rows(cfg, file, processor) for file in retention_files(cfg, "train")]
+    rows = Rows([*task, *draw_retention(pools, len(task), cfg.retention_ratio, cfg.seed)], [], [])
+    if cfg.validation_steps or cfg.validation_epochs:
+        most = cfg.max_validation_rows or None
+        rows.task = load_rows(cfg, Path(cfg.train_data_dir) / f"{cfg.task}_validation.jsonl", processor)[:most]
+        for file in retention_files(cfg, "validation"):
+            rows.retention += load_rows(cfg, file, processor)[:most]
+    return rows
+
+
+class Conversations(Dataset):
+    """Rows as the model sees them."""
+
+    def __init__(self, rows: list[Row], processor: Qwen3VLProcessor):
+        self.rows, self.processor = rows, processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Place) -> dict:
+        step_tokens = sum(self.rows[index].answer_tokens for index in place.group)
+        return {**encode(self.rows[place.sample], self.processor), "step_tokens": step_tokens}
+
+
+def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:
+    """input_ids, labels, mm_token_type_ids (L,); pixel_values (patches, 1536) and image_grid_thw (images, 3) where
+    there are images. Labels are IGNORE_INDEX but for the answer."""
+    text = processor.apply_chat_template(row.messages, tokenize=False)
+    images = [decode_image(inside_folder(row.folder, name).read_bytes()) for name in row.images]
+    encoded = processor(text=[text], images=images or None, return_tensors="pt")
+    input_ids = encoded["input_ids"][0]  # (L,)
+    start, end = answer_span(input_ids.tolist(), processor.tokenizer)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[start:end] = input_ids[start:end]
+    assert len(input_ids) == row.length and end - start == row.answer_tokens, "the check counted other tokens"
+    tensors = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": encoded["mm_token_type_ids"][0]}
+    return tensors | {name: encoded[name] for name in ("pixel_values", "image_grid_thw") if images}
+
+
+def collate(samples: list[dict]) -> dict:
+    """One micro-batch, padded on the right: input_ids, labels, mm_token_type_ids, attention_mask (B, L); the images of
+    all rows one after the other; step_tokens, the answer tokens of the whole step."""
+    padding = {"input_ids": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0}  # masked ids: any will do
+    batch = {
+        name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+        for name, value in padding.items()
+    }
+    ones = [torch.ones_like(sample["input_ids"]) for sample in samples]
+    batch["attention_mask"] = pad_sequence(ones, batch_first=True)
+    for name in ("pixel_values", "image_grid_thw"):
+        if found := [sample[name] for sample in samples if name in sample]:
+            batch[name] = torch.cat(found)
+    return {**batch, "step_tokens": samples[0].get("step_tokens", 0)}
