@@ -4,6 +4,7 @@ import datetime
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,9 @@ def set_up(cfg, recipe_dir: Path) -> Run:
     if uses_deepspeed:
         # a launch file's mixed_precision must not stop accelerate: the config decides
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        # compiled operators are kept for each environment: their build files name its headers, and fail without them
+        cache = Path.home() / ".cache" / "torch_extensions" / f"{zlib.crc32(sys.prefix.encode()):08x}"
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
         _resolve_deepspeed_config(recipe_dir)
     if (
         "RANK" in os.environ
