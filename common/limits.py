@@ -57,6 +57,10 @@ def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
     next."""
     try:
         yield
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its threads can abort a finished process as it ends
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} {memory_advice}")
     except ValueError as error:
