@@ -34,14 +34,14 @@ class Meter:
         self.peak_flops = matmul_ceiling(
             run.device, torch.float16 if cfg.mixed_precision == "fp16" else torch.bfloat16
         )
-        self.nonfinite_steps = self.skipped_in_a_row = 0
+        self.nonfinite_steps = self.skipped_in_a_row = self.skipped_steps = 0  # skipped by an fp16 run's loss scale
         self.bar: tqdm | None = None  # begins with the first step, so that a validation before it does not count
         self.start_step()
         if run.is_main:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 keep_rows_until(self.folder / name, first_step)
-        rows = read_rows(self.folder / "metrics.jsonl")
-        self.skipped_steps = rows[-1].get("skipped_steps", 0) if rows else 0  # by an fp16 run's loss scale
+            rows = read_rows(self.folder / "metrics.jsonl")
+            self.skipped_steps = rows[-1].get("skipped_steps", 0) if rows else 0
         if cfg.report_to != "none":
             settings = {name: str(value) for name, value in dataclasses.asdict(cfg).items()}
             project = cfg.tracker_project_name or run.recipe_dir.name
