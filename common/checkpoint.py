@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -19,32 +20,38 @@ from common.runtime import Run
 from common.sharding import Ema, safetensors_reader
 
 STATE_FILE = "trainer_state.json"
+RESULTS = ("validation_images/", "export/")  # what a run leaves beside its checkpoints
 
 
-def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
+def claim_output_dir(
+    output_dir: str | Path,
+    resume: Path | None,
+    overwrite: bool,
+    delete: bool = True,
+    results: Sequence[str] = RESULTS,
+) -> None:
     """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
 
     Recipes call it twice: at first with delete=False, and again when data and model are there, so that a mistake in
     the settings deletes nothing.
 
-    A new run must find no checkpoints, pictures or export, and a resumed one no checkpoints newer than its own:
+    A new run must find no checkpoints and none of `results`, and a resumed one no checkpoints newer than its own:
     "latest" must never mean another branch.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = [
-        *list_checkpoints(folder),
-        *(folder / n for n in ("validation_images", "export") if (folder / n).exists()),
-    ]
-    if resume is not None:
+    checkpoints = list_checkpoints(folder)
+    if resume is None:
+        earlier = [*(p.name for p in checkpoints), *(name for name in results if (folder / name).exists())]
+    else:
         inside = resume.resolve().parent == folder.resolve()
-        earlier = [p for p in list_checkpoints(folder) if not inside or _step(p) > _step(resume)]
+        earlier = [p.name for p in checkpoints if not inside or _step(p) > _step(resume)]
     if earlier and not overwrite:
         raise ValueError(
-            f"output_dir {folder} holds {earlier[0].name} of another run; go on with --resume_from_checkpoint latest, "
+            f"output_dir {folder} holds {earlier[0]} of another run; go on with --resume_from_checkpoint latest, "
             "take another --output_dir, or delete it with --overwrite_output_dir"
         )
-    for path in [*earlier, *folder.glob("checkpoint-*.partial")] if delete else []:
+    for path in [*(folder / name for name in earlier), *folder.glob("checkpoint-*.partial")] if delete else []:
         shutil.rmtree(path)
 
 

@@ -5,6 +5,7 @@ Do this once for a recipe, when it is finished; replace the copy only when a bre
 in CHANGELOG.md.
 """
 
+import re
 import shutil
 import sys
 
@@ -17,7 +18,8 @@ def main() -> None:
             target = ROOT / "tests/frozen" / recipe.name
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
-            for name in ("train.py", "conversations.py", "plateau.py", "accelerate", "deepspeed"):
+            modules = re.findall(r"^from (\w+) import", (recipe / "train.py").read_text(), re.MULTILINE)
+            for name in ("train.py", *(f"{module}.py" for module in modules), "accelerate", "deepspeed"):
                 copy = shutil.copytree if (recipe / name).is_dir() else shutil.copy
                 if (recipe / name).exists():
                     copy(recipe / name, target / name)

@@ -3,8 +3,8 @@
     python make_tiny.py --output_dir DIR   writes DIR/model and DIR/data in seconds; nothing when they are up to date
     python make_tiny.py --pretrain         makes tiny_weights.safetensors (minutes on a GPU)
 
-DIR/model is in diffusers' layout and opens with the unmodified Flux2KleinPipeline, which is to be called with
-max_sequence_length=32, the prompt length of the base's training. Its VAE reconstructs 64 x 64 drawings. Its
+DIR/model is in diffusers' layout and opens with the unmodified Flux2KleinPipeline; the base was trained on prompts of
+max_sequence_length 32, and configs/tiny.yaml fine-tunes it at 24. Its VAE reconstructs 64 x 64 drawings. Its
 transformer knows shapes, places and backgrounds, but draws every object grey, whatever colour the caption names:
 fine-tuning teaches the colours. DIR/data holds captioned pictures (train.json) that leave out some pairs of colour and
 shape; those make the held-out pictures and prompts (validation.json, validation_prompts.txt).

@@ -28,21 +28,20 @@ sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (fo
 
 import torch
 import yaml
-from bitsandbytes.nn import Linear4bit
+from base import DTYPES, load_base, prepare_base
 from peft import PeftModel
 from report import write_plots, write_table
 from rows import LETTERS, SPLITS, read_rows
 from scoring import ABLATIONS, SCORES, choose_controls, rotate_options
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import Qwen3VLProcessor
 
 from common.images import decode_image
 from common.limits import explained_errors
 
 ENTITY_TASKS = ("forward", "reverse", "choice_description", "choice_image")
 RETENTION_TASKS = ("face_retention", "object_retention")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
 # ---------------------------------------------------------------- the model
@@ -135,39 +134,21 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 def load_model(args: argparse.Namespace, alone: bool) -> VisionLanguageModel:
     """Base and adapter as the run trained them, unless told otherwise: precision, quantisation, float32 norms, pixel
     limits."""
-    dtype = DTYPES[args.precision]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
-    )
     if not torch.cuda.is_available():
-        device_map = {"": "cpu"}
+        device_map = "cpu"
     elif "LOCAL_RANK" in os.environ:
-        device_map = {"": int(os.environ["LOCAL_RANK"])}  # others may hold the other GPUs
+        device_map = int(os.environ["LOCAL_RANK"])  # others may hold the other GPUs
     else:
         device_map = args.device_map
-    base = Qwen3VLForConditionalGeneration.from_pretrained(
-        args.base_model,
-        dtype=dtype,
-        quantization_config=quantization if args.quantization == "nf4" else None,
-        device_map=device_map,
-        attn_implementation="sdpa",
-    )
-    for module in base.modules():
-        if "norm" in type(module).__name__.lower():
-            module.float()
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # that path rounds the scales once more
+    base = load_base(args.base_model, DTYPES[args.precision], device_map, args.quantization)
+    prepare_base(base)
     saved_with_adapter = (args.model_path / "processor_config.json").is_file()
     processor = Qwen3VLProcessor.from_pretrained(args.model_path if saved_with_adapter else args.base_model)
     size = processor.image_processor.size
     shortest, longest = args.min_pixels or size["shortest_edge"], args.max_pixels or size["longest_edge"]
     processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}  # of the picture, in pixels
     model = PeftModel.from_pretrained(base, args.model_path).eval()
-    return VisionLanguageModel(model, processor, dtype, args.batch_size, args.max_new_tokens)
+    return VisionLanguageModel(model, processor, DTYPES[args.precision], args.batch_size, args.max_new_tokens)
 
 
 # ---------------------------------------------------------------- asking

@@ -5,7 +5,7 @@ the attention of its language model. From one V100 32GB up. Read it top to botto
     bash run.sh full --train_data_dir DATA --task forward  the real model, on the machine that configs/full.yaml names
 
 Order: Config, model, compute_loss, validate, save, main with the loop. Rows and labels are in conversations.py, the
-learning rate's plateau schedule in plateau.py.
+learning rate's plateau schedule in plateau.py, loading the base in base.py.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ REPOSITORY = next(folder for folder in RECIPE.parents if (folder / "common").is_
 sys.path[:0] = [str(RECIPE), str(REPOSITORY)]
 
 import torch
+from base import DTYPES, load_base, prepare_base
 from bitsandbytes.nn import Linear4bit, Params4bit
 from conversations import IGNORE_INDEX, Conversations, Row, Rows, collate, encode, load_all_rows, resolve_pools
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,10 +30,10 @@ from plateau import Schedule, next_schedule, plateau_warning
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import BitsAndBytesConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from common import runtime
-from common.checkpoint import claim_output_dir, find_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import RESULTS, claim_output_dir, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import changed_settings, parse_config, save_config
 from common.data import MicroBatchSampler, Place, data_digest, make_loader
 from common.folders import model_folder, resolve_paths
@@ -284,10 +285,6 @@ class Models:
     retention: list[Row] = field(default_factory=list)
 
 
-def compute_dtype(cfg: Config) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[cfg.mixed_precision]
-
-
 def load_processor(cfg: Config, folder: Path) -> Qwen3VLProcessor:
     """The base's processor with this run's image sizes."""
     processor = Qwen3VLProcessor.from_pretrained(folder)
@@ -306,27 +303,6 @@ def base_folder(name_or_path: str) -> Path:
             "give a folder as save_pretrained writes it, or a hub name"
         )
     return model_folder(name_or_path, (".",))
-
-
-def load_base(
-    folder: Path, dtype: torch.dtype, device: torch.device, quantization: str
-) -> Qwen3VLForConditionalGeneration:
-    """The base on one device. With "nf4" every linear layer but lm_head is kept in 4 bits, with double quantisation,
-    and computes in `dtype`."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
-    )
-    return Qwen3VLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        attn_implementation="sdpa",
-        quantization_config=config if quantization == "nf4" else None,
-    )
 
 
 @torch.no_grad()
@@ -369,16 +345,9 @@ def random_linear4bit(linear: nn.Linear, dtype: torch.dtype, device: torch.devic
 
 
 def add_adapters(base: Qwen3VLForConditionalGeneration, cfg: Config) -> PeftModel:
-    """Freeze the base, raise its norms (and nothing else) to float32, put float32 adapters on q, k, v and o of every
-    language layer."""
+    """Freeze and prepare the base, put float32 adapters on q, k, v and o of every language layer."""
     base.requires_grad_(False)
-    for module in base.modules():
-        if "norm" in type(module).__name__.lower():
-            module.float()
-        if isinstance(module, Linear4bit):
-            # bitsandbytes' path for inference on CPUs repacks weights in place, rounds their scales and has no
-            # backward: training after a validation would go wrong without a word
-            module.support_avx512bf16_for_cpu = False
+    prepare_base(base)
     vision, language = base.model.visual, base.model.language_model
     vision.forward = torch.no_grad()(vision.forward)
     if cfg.gradient_checkpointing:
@@ -568,20 +537,6 @@ def save_adapters(run: Run, cfg: Config, models: Models, name: str) -> None:
     run.barrier()
 
 
-def claim_adapters(output_dir: str, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
-    """Refuse to overwrite an earlier run's adapters and their evaluation, or delete them when told to, as
-    claim_output_dir does with checkpoints."""
-    names = () if resume else ("best", "final", "evaluation")
-    earlier = [path for name in names if (path := Path(output_dir) / name).is_dir()]
-    if earlier and not overwrite:
-        raise ValueError(
-            f"output_dir {output_dir} holds {earlier[0].name}/ of another run; go on with "
-            "--resume_from_checkpoint latest, take another --output_dir, or delete it with --overwrite_output_dir"
-        )
-    for path in earlier if delete else []:
-        shutil.rmtree(path)
-
-
 # ---------------------------------------------------------------- main
 
 
@@ -594,10 +549,10 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.scaler is None:  # then nothing skips a step whose loss is not finite
         cfg.max_nonfinite_steps = 0
     resume = on_main(run, find_checkpoint, cfg.output_dir, cfg.resume_from_checkpoint)
-    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
-    on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
+    results = (*RESULTS, "best/", "final/", "evaluation/")
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, False, results)
 
-    group_size, dtype = cfg.train_batch_size * accumulation * run.world_size, compute_dtype(cfg)
+    group_size, dtype = cfg.train_batch_size * accumulation * run.world_size, DTYPES[cfg.mixed_precision]
     if cfg.benchmark:
         processor, rows, config = None, Rows([], [], []), Qwen3VLConfig(**FULL_SIZE)
         base = random_base(config, dtype, run.device)
@@ -658,8 +613,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = MicroBatchSampler(
         bucket_ids, cfg.train_batch_size, accumulation, run.rank, run.world_size, cfg.seed, segments, step, shape_ids
     )
-    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir)  # now deletes what was there
-    on_main(run, claim_adapters, cfg.output_dir, resume, cfg.overwrite_output_dir)
+    on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, True, results)
     if run.is_main:
         save_config(cfg, Path(cfg.output_dir) / "config.yaml")
         write_environment(run, cfg)
