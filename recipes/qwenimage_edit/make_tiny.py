@@ -1,0 +1,361 @@
+"""Builds the embedded tiny Qwen-Image-Edit: a checkpoint of the real classes and drawn edits. Nothing is downloaded.
+
+    python make_tiny.py --output_dir DIR   writes DIR/model and DIR/data in seconds; nothing when they are up to date
+    python make_tiny.py --pretrain         makes tiny_weights.safetensors (minutes on a GPU)
+
+DIR/model is in diffusers' layout and opens with the unmodified QwenImageEditPlusPipeline, whose name it carries, and
+by from_pretrained with QwenImageEditPipeline. The pipelines enlarge every source to about 1024 x 1024 pixels; a VAE of
+scale 64 and a vision encoder of 128 x 128 pixels a token leave 64 tokens of it. The transformer recolours the shape
+that an instruction names, but knows German colours only ("make the circle rot") and leaves the picture as it is when
+the instruction names an English one: fine-tuning teaches those. DIR/data holds edits (train.json) that leave out some
+pairs of new colour and shape; those make the held-out edits (validation.json, validation_prompts.txt and
+validation_image_paths.txt, whose paths start from DIR/data).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "common").is_dir())))
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from common import shapes
+
+WEIGHTS = HERE / "tiny_weights.safetensors"
+SIZE = 512  # pixels of the drawings and of what the model makes of them: 8 x 8 latents, 16 packed tokens
+SEED = 0
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+GERMAN = ("rot", "gruen", "blau", "gelb", "lila", "tuerkis")  # the same colours, as the base was told them
+SHAPES = ("circle", "square", "triangle", "cross")
+HELD_OUT = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"))
+INSTRUCTIONS = ("make the {} {}", "turn the {} {}", "paint the {} {}", "change the {} to {}")
+PAIRS_OF_PLACES = (("on the left", "on the right"), ("at the top", "at the bottom"))
+N_SCENES, COLOURS_A_SCENE, N_PROMPTS = 16, 3, 10
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL_TOKENS += [f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
+SPECIAL_TOKENS += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+# words that are one token each: the pipelines' prompt template (whose first 64 tokens they drop) and the instructions
+FIRST_WORDS = "system user assistant Describe Picture color make turn paint change 's ),".split()
+WORDS = (
+    "the key features of input image ( shape size texture objects background then explain how user text instruction "
+    "should alter or modify Generate a new that meets requirements while maintaining consistency with original where "
+    "appropriate to and"
+).split() + [*shapes.COLOURS, *GERMAN, *shapes.SHAPES]
+
+# Qwen/Qwen-Image-Edit's own scheduler config
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+# six halvings: a latent stands for 64 x 64 pixels, a packed token for 128 x 128
+VAE = {
+    "base_dim": 3,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 6, 8, 12, 16, 20],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False] * 6,
+}
+TEXT_ENCODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+}
+VISION_ENCODER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": 64,
+    "spatial_merge_size": 2,
+    "window_size": 512,
+    "out_hidden_size": TEXT_ENCODER["hidden_size"],
+}
+BRANCH_SCALE = 0.5  # of the text encoder's residual branches: behind the source's tokens a word still says itself
+TRANSFORMER = {
+    "in_channels": 4 * VAE["z_dim"],
+    "out_channels": VAE["z_dim"],
+    "num_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT_ENCODER["hidden_size"],
+    "axes_dims_rope": (8, 12, 12),
+}
+
+
+# ---- the dataset ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """The layout's first object goes from one colour to another; nothing else changes."""
+
+    scene: str
+    layout: list[shapes.Found]
+    background: str
+    source: str
+    target: str
+    instruction: str
+
+    @property
+    def text(self) -> str:
+        return self.instruction.format(self.layout[0].shape, self.target)
+
+    def draw(self, colour: str) -> Image.Image:
+        first, *others = self.layout
+        return shapes.draw([dataclasses.replace(first, colour=colour), *others], self.background, (SIZE, SIZE))
+
+
+def random_layout(shape: str, rng: random.Random) -> list[shapes.Found]:
+    """The shape at a random place; in half of the layouts another one, of any colour, on the other side."""
+    other = rng.choice(COLOURS), rng.choice([name for name in SHAPES if name != shape])
+    places = rng.choice(PAIRS_OF_PLACES) if rng.random() < 0.5 else (rng.choice(list(shapes.PLACES)),)
+    boxes = [shapes.place_box(place, (SIZE, SIZE), rng.uniform(190, 205), rng) for place in places]
+    rng.shuffle(boxes)
+    names = [("grey", shape), other]
+    return [shapes.Found(*name, box) for name, box in zip(names, boxes, strict=False)]
+
+
+def train_edits(rng: random.Random) -> Iterator[Edit]:
+    """96 edits: each of 16 scenes in 3 colours, and from each of these to both others."""
+    scenes = itertools.product(range(N_SCENES // len(SHAPES)), SHAPES)
+    for number, (turn, shape) in enumerate(scenes):
+        background = list(shapes.BACKGROUNDS)[(number + turn) % len(shapes.BACKGROUNDS)]
+        layout = random_layout(shape, rng)
+        allowed = [colour for colour in COLOURS if (colour, shape) not in HELD_OUT]
+        colours = [allowed[(COLOURS_A_SCENE * turn + i) % len(allowed)] for i in range(COLOURS_A_SCENE)]
+        for source, target in itertools.permutations(colours, 2):
+            yield Edit(f"{number:02d}", layout, background, source, target, rng.choice(INSTRUCTIONS))
+
+
+def held_out_edits(rng: random.Random) -> Iterator[Edit]:
+    """10 edits of as many scenes, to pairs of colour and shape that no training edit asks for."""
+    for number in range(N_PROMPTS):
+        target, shape = HELD_OUT[number % len(HELD_OUT)]
+        layout = random_layout(shape, rng)
+        background = list(shapes.BACKGROUNDS)[(number + number // 4) % len(shapes.BACKGROUNDS)]
+        source = rng.choice([colour for colour in COLOURS if colour != target])
+        yield Edit(f"{number:02d}", layout, background, source, target, rng.choice(INSTRUCTIONS))
+
+
+def write_data(folder: Path) -> None:
+    """48 training pictures with 96 edits between them; 10 held-out edits with a picture before and after each."""
+    rng = random.Random(SEED)
+    for name, edits in (("train", list(train_edits(rng))), ("validation", list(held_out_edits(rng)))):
+        (folder / name).mkdir(parents=True)
+        rows = []
+        for edit in edits:
+            before, after = (f"{name}/{edit.scene}_{colour}.png" for colour in (edit.source, edit.target))
+            for path, colour in ((before, edit.source), (after, edit.target)):
+                if not (folder / path).is_file():
+                    edit.draw(colour).save(folder / path)
+            rows.append({"file_path": after, "source_file_path": [before], "text": edit.text, "type": "image"})
+        random.Random(SEED).shuffle(rows)
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    (folder / "validation_prompts.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    (folder / "validation_image_paths.txt").write_text("".join(row["source_file_path"][0] + "\n" for row in rows))
+
+
+# ---- the models ----
+
+
+def build_processor() -> Qwen2VLProcessor:
+    """Its tokenizer is byte-level BPE of Qwen's class whose merges spell each known word from its first letter: one
+    token a word. Its image processor makes one token of 128 x 128 pixels."""
+    vocab = sorted(ByteLevel.alphabet())
+    merges = {}
+    for word in ["\u0120" + word for word in WORDS] + FIRST_WORDS:  # \u0120 is the byte-level alphabet's space
+        for end in range(1, len(word)):
+            merges[word[:end], word[end]] = None
+    vocab += dict.fromkeys(prefix + letter for prefix, letter in merges)
+    vocab = {token: i for i, token in enumerate(vocab)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=list(merges), model_max_length=1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
+    side = VISION_ENCODER["patch_size"] * VISION_ENCODER["spatial_merge_size"]
+    images = Qwen2VLImageProcessor(
+        patch_size=VISION_ENCODER["patch_size"],
+        merge_size=VISION_ENCODER["spatial_merge_size"],
+        size={"shortest_edge": side**2, "longest_edge": (16 * side) ** 2},
+    )
+    return Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor())
+
+
+def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Random and never trained. Every weight is a function of its name, so that it is the same everywhere."""
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT_ENCODER,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config=VISION_ENCODER,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:  # norms' weights are 1, biases 0
+            weight.data.fill_(float(not name.endswith("bias")))
+        else:
+            values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(weight.shape))
+            fan_in = 1 if "embed_tokens" in name else math.prod(weight.shape[1:])
+            scale = BRANCH_SCALE if "o_proj" in name or "down_proj" in name else 1.0
+            weight.data.copy_(torch.from_numpy(values * scale / math.sqrt(fan_in)))
+    return model
+
+
+def build_pipeline(weights: Path | None = WEIGHTS, zero_cond_t: bool = False) -> QwenImageEditPlusPipeline:
+    """The whole pipeline in float32 on the CPU; without a weights file its VAE and transformer are random.
+
+    `zero_cond_t` as in Edit-2511, where sources are modulated as clean; it has no weights of its own, and the shipped
+    ones were trained without it.
+    """
+    processor = build_processor()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        vae = AutoencoderKLQwenImage(**VAE, latents_mean=[0.0] * VAE["z_dim"], latents_std=[1.0] * VAE["z_dim"]).eval()
+        transformer = QwenImageTransformer2DModel(**TRANSFORMER, zero_cond_t=zero_cond_t).eval()
+    for weight in temporal_kernels(vae).values():
+        weight.data[:, :, :-1] = 0
+    pipe = QwenImageEditPlusPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=vae,
+        text_encoder=build_text_encoder(processor.tokenizer),
+        tokenizer=processor.tokenizer,
+        processor=processor,
+        transformer=transformer,
+    )
+    template = pipe.prompt_template_encode.split("{}")[0]
+    length = len(processor.tokenizer(template).input_ids)
+    assert length == pipe.prompt_template_encode_start_idx, f"the template is {length} tokens, not 64"
+    if weights is not None and weights.is_file():
+        load_weights(pipe, weights)
+    return pipe
+
+
+def temporal_kernels(vae: AutoencoderKLQwenImage) -> dict[str, torch.Tensor]:
+    """Causal 3D kernels: a single image meets only their last slice in time; the others, zero, are not stored."""
+    return {name: weight for name, weight in vae.named_parameters() if weight.ndim == 5 and weight.shape[2] > 1}
+
+
+def save_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
+    """The VAE, the mean and std of its latents, and the transformer, in float16."""
+    kernels = temporal_kernels(pipe.vae)
+    tensors = {
+        f"vae.{name}": weight[:, :, -1:] if name in kernels else weight
+        for name, weight in pipe.vae.state_dict().items()
+    }
+    tensors |= {f"transformer.{name}": weight for name, weight in pipe.transformer.state_dict().items()}
+    tensors |= {name: torch.tensor(pipe.vae.config[name]) for name in ("latents_mean", "latents_std")}
+    save_file({name: tensor.half().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    assert path.stat().st_size <= 4_000_000, f"{path.name} is {path.stat().st_size} bytes, more than 4,000,000"
+
+
+def load_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    for name, kernel in temporal_kernels(pipe.vae).items():
+        full = torch.zeros_like(kernel)
+        full[:, :, -1:] = tensors[f"vae.{name}"]
+        tensors[f"vae.{name}"] = full
+    for part in ("vae", "transformer"):
+        state = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        getattr(pipe, part).load_state_dict(state)
+    pipe.vae.register_to_config(**{name: tensors[name].tolist() for name in ("latents_mean", "latents_std")})
+
+
+# ---- pretraining ----
+
+
+def pretrain(path: Path, scale: float = 1.0) -> None:
+    raise NotImplementedError
+
+
+# ---- the command ----
+
+
+def fingerprint(weights: Path) -> str:
+    """Changes when this script, the drawings or the weights do."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), Path(shapes.__file__), weights):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def make(output_dir: Path, weights: Path = WEIGHTS) -> bool:
+    """Writes output_dir/model and output_dir/data; returns False when they were there and up to date."""
+    stamp = output_dir / "stamp.txt"
+    if stamp.is_file() and stamp.read_text() == fingerprint(weights):
+        return False
+    for part in ("model", "data"):
+        shutil.rmtree(output_dir / part, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    write_data(output_dir / "data")
+    build_pipeline(weights).save_pretrained(output_dir / "model")
+    stamp.write_text(fingerprint(weights))  # last: a killed run is started over
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, help="where model/ and data/ go")
+    parser.add_argument("--pretrain", action="store_true", help="train the VAE and the base, write the weights")
+    parser.add_argument("--pretrain_scale", type=float, default=1.0, help="share of the work to do, for a trial")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the file of weights, written and read")
+    args = parser.parse_args()
+    if not (args.pretrain or args.output_dir):
+        parser.error("nothing to do: give --output_dir DIR, or --pretrain")
+    if args.pretrain:
+        pretrain(args.weights, args.pretrain_scale)
+    if args.output_dir:
+        written = make(args.output_dir, args.weights)
+        print(f"tiny model and data {'written to' if written else 'up to date in'} {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
