@@ -212,6 +212,31 @@ def shows(image: Image.Image, text: str, check_place: bool = False) -> bool:
     return True
 
 
+def same_objects(image: Image.Image, expected: Image.Image, tolerance: float = 0.06) -> bool:
+    """True when both pictures show the same objects: as many, of the same colours and shapes, at the same places.
+
+    Args:
+        image, expected: pictures of any sizes; boxes are compared as shares of width and height.
+        tolerance: how far an edge of an object's box may be off, as a share of the picture.
+    """
+
+    def shares(picture: Image.Image, item: Found) -> np.ndarray:
+        return np.array(item.bbox) / (picture.size * 2)
+
+    found = find_shapes(image)
+    for wanted in find_shapes(expected):
+        match = [
+            item
+            for item in found
+            if (item.colour, item.shape) == (wanted.colour, wanted.shape)
+            and np.abs(shares(image, item) - shares(expected, wanted)).max() <= tolerance
+        ]
+        if not match:
+            return False
+        found.remove(match[0])
+    return not found
+
+
 def _pixels(image: Image.Image, longest: int) -> tuple[np.ndarray, float]:
     """(H, W, 3) float32 in 0..255 of the picture shrunk to `longest`, and original pixels per pixel of it."""
     image = image.convert("RGB")

@@ -35,6 +35,8 @@ def prepare_base(base: Qwen3VLForConditionalGeneration) -> None:
     for module in base.modules():
         if "norm" in type(module).__name__.lower():
             module.float()
+            # back in the input's type: float32 would spread to every product behind it, and be cast there three times
+            module.register_forward_hook(lambda module, args, output: output.to(args[0].dtype))
         if isinstance(module, Linear4bit):
             # bitsandbytes' path for inference on CPUs repacks weights in place, rounds their scales and has no
             # backward: training after a validation would go wrong without a word

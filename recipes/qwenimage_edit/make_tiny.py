@@ -21,8 +21,11 @@ import math
 import random
 import shutil
 import sys
+import tempfile
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pool
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,12 +36,14 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn.functional import interpolate, pad
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -52,7 +57,10 @@ from common import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 512  # pixels of the drawings and of what the model makes of them: 8 x 8 latents, 16 packed tokens
+SOURCE_SIZE = 1024  # what the pipelines enlarge a square source to: 64 packed tokens
+PLUS_CONDITION_SIZE = 384  # and the plus pipeline's, for the text encoder: 9 tokens
 SEED = 0
+LATENT_NOISE = 0.3
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 GERMAN = ("rot", "gruen", "blau", "gelb", "lila", "tuerkis")  # the same colours, as the base was told them
@@ -312,8 +320,276 @@ def load_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
 # ---- pretraining ----
 
 
+def cosine(step: int, steps: int, peak: float) -> float:
+    return peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+    """One optimizer step, its gradient norm clipped to 1."""
+    loss.backward()
+    optimizer.param_groups[0]["lr"] = learning_rate
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def psnr(error: torch.Tensor) -> float:
+    """In decibels, of an error of pictures in [-1, 1]."""
+    return -10 * error.square().mean().div(4).log10().item()
+
+
+def random_scene(seed: int) -> Image.Image:
+    """For the VAE: up to three objects of any colour, shape and size, anywhere."""
+    rng = random.Random(f"scene {seed}")
+    objects = []
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 2, 3))):
+        extent = rng.uniform(110, 330)
+        x, y = rng.uniform(0, SIZE - extent), rng.uniform(0, SIZE - extent)
+        box = (x, y, x + extent, y + extent)
+        objects.append(shapes.Found(rng.choice(list(shapes.COLOURS)), rng.choice(SHAPES), box))
+    return shapes.draw(objects, rng.choice(list(shapes.BACKGROUNDS)), (SIZE, SIZE))
+
+
+def random_edit(seed: int, named: float = 0.1, empty: float = 0.1) -> tuple[Image.Image, Image.Image, str]:
+    """(source, target, instruction) for the base: a German colour, or (a share `named`) an English one or (a share
+    `empty`) no instruction at all, which both leave the picture as it is."""
+    rng = random.Random(f"edit {seed}")
+    layout = random_layout(rng.choice(SHAPES), rng)
+    edit = Edit("", layout, rng.choice(list(shapes.BACKGROUNDS)), *rng.choices(COLOURS, k=2), rng.choice(INSTRUCTIONS))
+    source, kind = edit.draw(edit.source), rng.random()
+    if kind < named:
+        return source, source, edit.text
+    if kind < named + empty:
+        return source, source, rng.choice(("", " "))
+    return source, edit.draw(edit.target), in_german(edit.text)
+
+
+def in_german(text: str) -> str:
+    """The instruction with its colour in German."""
+    words = dict(zip(COLOURS, GERMAN, strict=True))
+    return " ".join(words.get(word, word) for word in text.split())
+
+
+def drawn(draw: Callable, n: int) -> list:
+    """draw(0), ..., draw(n - 1), on all cores."""
+    with Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.map(draw, range(n), chunksize=8)
+
+
+def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """PIL pictures to (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def resized(pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8 to (N, 3, size, size) float32 in [-1, 1]."""
+    pictures = pictures.float()
+    if pictures.shape[-1] != size:
+        pictures = interpolate(pictures, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+    return pictures / 127.5 - 1
+
+
+def convolve_single_frames(vae: AutoencoderKLQwenImage) -> None:
+    """For training: causal 3D convolutions compute in 2D, twice as fast, equal as long as there is one frame."""
+    for conv in vae.modules():
+        if isinstance(conv, torch.nn.Conv3d):
+            conv.forward = lambda x, cache_x=None, conv=conv: torch.nn.functional.conv2d(
+                x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=conv.kernel_size[-1] // 2
+            )[:, :, None]
+
+
+def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """vae.decode() clamps to [-1, 1], which stops gradients: this calls the decoder itself."""
+    return vae.decoder(vae.post_quant_conv(latents))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8, enlarged to size x size, to latents (N, 16, 1, size/64, size/64), the posterior's mode."""
+    return torch.cat([vae.encode(resized(x, size)[:, :, None]).latent_dist.mode() for x in pictures.split(16)])
+
+
+def pretrain_vae(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
+    """Reconstruction (L1 + L2) of `pictures` (N, 3, 512, 512) from noisy latents, every fourth step at 1024 x 1024;
+    then measures latents_mean and latents_std.
+
+    The noise, and pictures of any colour beside those of the palette, keep the latents smooth: without them a small
+    error of the transformer turns patches of one colour into another.
+    """
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
+    generator = torch.Generator(pictures.device).manual_seed(SEED)
+    for step in range(steps):
+        size, count = (SIZE, batch_size) if step % 4 else (SOURCE_SIZE, batch_size // 4)
+        rows = torch.randint(len(pictures), (count,), generator=generator, device=pictures.device)
+        x = resized(pictures[rows], size)[:, :, None]  # (B, 3, 1, size, size)
+        scale = torch.empty(count, 3, 1, 1, 1, device=x.device).uniform_(-1, 1)
+        shift = torch.empty_like(scale).uniform_(-1, 1) * (1 - scale.abs())
+        x[::2] = (x * scale + shift)[::2]
+        latents = vae.encode(x).latent_dist.mode()  # (B, 16, 1, size/64, size/64)
+        error = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents)) - x
+        loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
+        update(optimizer, loss, cosine(step, steps, 3e-3))
+        if step % 250 == 0 or step == steps - 1:
+            print(f"vae {step}/{steps} loss {loss.item():.4f} psnr {psnr(error):.1f} at {size}", flush=True)
+    with torch.no_grad():
+        vae.quant_conv.weight[VAE["z_dim"] :] = 0  # the posterior's variance is the noise of the decoder's training
+        vae.quant_conv.bias[VAE["z_dim"] :] = 2 * math.log(LATENT_NOISE)
+    latents = encode(vae, pictures[:1024], SIZE)  # (N, 16, 1, 8, 8)
+    mean, std = latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+
+
+def sharpen_decoder(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
+    """Trains the decoder alone on fixed latents: edges and corners get sharp, and the base's latent space stays."""
+    latents = encode(vae, pictures, SIZE)  # (N, 16, 1, 8, 8)
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
+    generator = torch.Generator(pictures.device).manual_seed(SEED)
+    for step in range(steps):
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=pictures.device)
+        noisy_latents = latents[rows] + LATENT_NOISE * torch.randn_like(latents[rows])
+        error = decode(vae, noisy_latents) - resized(pictures[rows], SIZE)[:, :, None]
+        update(optimizer, error.abs().mean() + error.square().mean(), cosine(step, steps, 2e-3))
+        if step % 250 == 0 or step == steps - 1:
+            print(f"decoder {step}/{steps} psnr {psnr(error):.1f}", flush=True)
+
+
+def packed_latents_of(pipe: QwenImageEditPlusPipeline, pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, 3, 512, 512) uint8 to normalised packed latents (N, (size / 128)**2, 64) of the pictures at size x size."""
+    latents = encode(pipe.vae, pictures, size)
+    mean, std = (latents.new_tensor(pipe.vae.config[name]) for name in ("latents_mean", "latents_std"))
+    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    return pipe._pack_latents(latents, len(latents), latents.shape[1], *latents.shape[3:])
+
+
+@torch.no_grad()
+def embeds_of(
+    pipe: QwenImageEditPlusPipeline, pictures: torch.Tensor, texts: list[str], plus: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeds (N, L, 64) and mask (N, L) of instructions with one source each, as the plus or the edit pipeline makes
+    them. The plus pipeline takes one prompt at a time; its template in the edit pipeline gives the same in batches."""
+    edit = QwenImageEditPipeline(**pipe.components)
+    if plus:
+        edit.prompt_template_encode = pipe.prompt_template_encode
+        texts = [f"Picture 1: <|vision_start|><|image_pad|><|vision_end|>{text}" for text in texts]
+    size, parts = PLUS_CONDITION_SIZE if plus else SOURCE_SIZE, []
+    for start in range(0, len(texts), 50):
+        images = (resized(pictures[start : start + 50], size) * 127.5 + 127.5).round().byte()
+        parts.append(edit._get_qwen_prompt_embeds(texts[start : start + 50], list(images), pipe.device))
+    length = max(mask.shape[1] for _, mask in parts)
+    embeds = torch.cat([pad(embeds, (0, 0, 0, length - embeds.shape[1])) for embeds, _ in parts])
+    return embeds, torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in parts])
+
+
+def pretrain_transformer(
+    pipe: QwenImageEditPlusPipeline,
+    edits: list[tuple[Image.Image, Image.Image, str]],
+    steps: int,
+    batch_size: int,
+) -> None:
+    """Flow matching on (source, target, instruction), three steps of four in the plus pipeline's form and one in the
+    edit pipeline's, which is known of the first quarter of the edits only."""
+    device = pipe.device
+    sources, targets = (to_tensor([edit[i] for edit in edits]).to(device) for i in (0, 1))
+    texts, quarter = [edit[2] for edit in edits], len(edits) // 4
+    prompts = {True: embeds_of(pipe, sources, texts, True)}
+    prompts[False] = embeds_of(pipe, sources[:quarter], texts[:quarter], False)
+    target_latents, source_latents = (  # (N, 16, 64), (N, 64, 64)
+        packed_latents_of(pipe, pictures, size) for pictures, size in ((targets, SIZE), (sources, SOURCE_SIZE))
+    )
+    transformer = pipe.transformer.train()
+    optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.01)
+    generator = torch.Generator(device).manual_seed(SEED)
+    for step in range(steps):
+        embeds, mask = prompts[step % 4 > 0]
+        rows = torch.randint(len(embeds), (batch_size,), generator=generator, device=device)
+        latents = target_latents[rows]
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        u = torch.rand(batch_size, generator=generator, device=device)
+        sigma = 1.63 * u / (1 + 0.63 * u)  # uniform, shifted as the scheduler does at 16 tokens
+        noisy_latents = torch.lerp(latents, noise, sigma[:, None, None])
+        velocity_pred = transformer(
+            hidden_states=torch.cat([noisy_latents, source_latents[rows]], dim=1),
+            timestep=sigma,
+            encoder_hidden_states=embeds[rows],
+            encoder_hidden_states_mask=mask[rows],
+            img_shapes=[[(1, SIZE // 128, SIZE // 128), (1, SOURCE_SIZE // 128, SOURCE_SIZE // 128)]] * batch_size,
+            return_dict=False,
+        )[0][:, : latents.shape[1]]
+        loss = (velocity_pred - (noise - latents)).square().mean()
+        update(optimizer, loss, cosine(step, steps, 2e-3))
+        if step % 500 == 0 or step == steps - 1:
+            print(f"transformer {step}/{steps} loss {loss.item():.4f}", flush=True)
+    transformer.eval()
+
+
+def sample(pipe: QwenImageEditPlusPipeline | QwenImageEditPipeline, source: Image.Image, text: str) -> Image.Image:
+    """What the unmodified pipeline makes of a source, always from the same noise."""
+    return pipe(
+        image=source,
+        prompt=text,
+        negative_prompt=" ",
+        true_cfg_scale=2.0,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=16,
+        generator=torch.Generator().manual_seed(SEED),
+    ).images[0]
+
+
+def count_right(images: Sequence[Image.Image], rows: Sequence[dict], data: Path) -> int:
+    """How many pictures show the objects of their row's target: as many, in the same colours, shapes and places."""
+    targets = [Image.open(data / row["file_path"]) for row in rows]
+    return sum(shapes.same_objects(image, target) for image, target in zip(images, targets, strict=True))
+
+
+def report(pipe: QwenImageEditPlusPipeline, folder: Path) -> None:
+    """Prints what the VAE keeps and what the base makes of held-out edits, in German and in English."""
+    write_data(folder)
+    rows = json.loads((folder / "validation.json").read_text())
+    pictures = to_tensor([random_edit(-seed, 0, 0)[1] for seed in range(1, 41)]).to(pipe.device)
+    for size in (SIZE, SOURCE_SIZE):
+        decoded = pipe.vae.decode(encode(pipe.vae, pictures, size)).sample[:, :, 0]
+        decoded = pipe.image_processor.postprocess(decoded.detach(), output_type="pil")
+        originals = [Image.fromarray(x) for x in pictures.permute(0, 2, 3, 1).cpu().numpy()]
+        right = sum(map(shapes.same_objects, decoded, originals))
+        print(f"the VAE keeps {right} of {len(originals)} pictures at {size}", flush=True)
+    sources = [Image.open(folder / row["source_file_path"][0]) for row in rows]
+    for name, one in (("plus", pipe), ("edit", QwenImageEditPipeline(**pipe.components))):
+        for language, texts in (("German", [in_german(row["text"]) for row in rows]), ("English", [r["text"] for r in rows])):
+            images = [sample(one, source, text) for source, text in zip(sources, texts, strict=True)]
+            right = count_right(images, rows, folder)
+            kept = sum(map(shapes.same_objects, images, sources))
+            print(f"{name}, {language}: {right} of {len(rows)} as asked, {kept} left as they were", flush=True)
+
+
 def pretrain(path: Path, scale: float = 1.0) -> None:
-    raise NotImplementedError
+    """Trains the VAE, then the transformer on its latents, and writes both; `scale` shrinks the work for a trial."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(SEED)
+    pipe = build_pipeline(weights=None).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    started = time.monotonic()
+
+    def stage(name: str) -> None:
+        print(f"[{time.monotonic() - started:.0f} s] {name}", flush=True)
+
+    scenes = to_tensor(drawn(random_scene, int(3000 * scale))).to(device)  # (N, 3, 512, 512)
+    edits = drawn(random_edit, int(6000 * scale))
+    stage("drawn")
+    convolve_single_frames(pipe.vae)
+    pretrain_vae(pipe.vae, scenes, int(2000 * scale), 16)
+    stage("VAE trained")
+    pretrain_transformer(pipe, edits, int(4000 * scale), 128 if device == "cuda" else 16)
+    stage("transformer trained")
+    targets = to_tensor([edit[1] for edit in edits[: int(3000 * scale)]]).to(device)
+    sharpen_decoder(pipe.vae, targets, int(1500 * scale), 16)
+    stage("decoder sharpened")
+    save_weights(pipe, path)
+    with tempfile.TemporaryDirectory() as folder:
+        report(pipe, Path(folder))
+    stage("reported")
 
 
 # ---- the command ----
