@@ -123,7 +123,7 @@ def load_checkpoint(
 
     ValueError where the strategy cannot read this checkpoint.
     """
-    state = json.loads((folder / STATE_FILE).read_text())
+    state = read_state(folder)
     if _family(state) != _family({"strategy": run.strategy, "launch": run.launch}):
         raise ValueError(
             f"{folder} was saved by LAUNCH={state['launch']} and this run is {run.launch}: resume with "
@@ -156,6 +156,11 @@ def load_checkpoint(
             )
         ema.shadow = [t.to(s.device) for t, s in zip(torch.load(file, map_location="cpu"), ema.shadow)]
     return state
+
+
+def read_state(folder: Path) -> dict:
+    """What save_checkpoint was given as `state`, with step, launch, strategy and world_size."""
+    return json.loads((folder / STATE_FILE).read_text())
 
 
 def has_frozen(model: nn.Module) -> bool:
@@ -194,9 +199,10 @@ def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim
     Quantised optimizer state goes to one file a rank.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "model")
+    trained_only = StateDictOptions(ignore_frozen_params=has_frozen(model))
+    dcp.save(get_model_state_dict(model, options=trained_only), checkpoint_id=folder / "model")
     if _is_quantised(optimizer):
         torch.save(_local_state(optimizer), folder / f"optimizer_rank{run.rank}.pt")
     else:
@@ -206,15 +212,17 @@ def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim
 def _load_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
         get_model_state_dict,
         get_optimizer_state_dict,
         set_model_state_dict,
         set_optimizer_state_dict,
     )
 
-    weights = get_model_state_dict(model)
+    frozen = has_frozen(model)
+    weights = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=frozen))
     dcp.load(weights, checkpoint_id=folder / "model")
-    set_model_state_dict(model, weights)
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=not frozen))
     if (folder / "optimizer").is_dir():
         moments = get_optimizer_state_dict(model, _bare(optimizer))
         # parameters that never got a gradient (a last block's text branch) have no saved moments

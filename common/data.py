@@ -58,22 +58,22 @@ def data_digest(records: Sequence[Record], bucket_ids: Sequence[int | tuple[int,
 # ---- the order of samples
 
 
-def _stream(n_samples: int, seed: int) -> Iterator[int]:
-    """Epoch after epoch of sample indices. RandomState, because NumPy never changes its numbers (NEP 19)."""
+def _stream(n_samples: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Epoch after epoch of (sample, epoch). RandomState, because NumPy never changes its numbers (NEP 19)."""
     for epoch in count():
-        yield from np.random.RandomState([seed, epoch]).permutation(n_samples).tolist()
+        yield from ((sample, epoch) for sample in np.random.RandomState([seed, epoch]).permutation(n_samples).tolist())
 
 
 class _Dealer:
-    """Deals a stream of samples into groups; what waits stays with it when the group size changes."""
+    """Deals a stream of (sample, epoch) into groups; what waits stays with it when the group size changes."""
 
-    def __init__(self, bucket_ids: Sequence, shape_ids: Sequence | None, stream: Iterator[int]) -> None:
+    def __init__(self, bucket_ids: Sequence, shape_ids: Sequence | None, stream: Iterator[tuple[int, int]]) -> None:
         self.bucket_ids, self.shape_ids, self.stream = bucket_ids, shape_ids or bucket_ids, stream
-        self.left: deque[int] = deque()  # to be dealt before the stream goes on
-        self.batches: dict[object, list[int]] = defaultdict(list)  # by shape: micro-batches that fill up
-        self.ready: dict[object, list[int]] = {bucket: [] for bucket in sorted(set(bucket_ids))}  # full ones
+        self.left: deque[tuple[int, int]] = deque()  # to be dealt before the stream goes on
+        self.batches: dict[object, list] = defaultdict(list)  # by shape: micro-batches that fill up
+        self.ready: dict[object, list] = {bucket: [] for bucket in sorted(set(bucket_ids))}  # full ones
 
-    def groups(self, size: int, batch_size: int) -> Iterator[list[int]]:
+    def groups(self, size: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
         """Groups of one bucket whose every `batch_size` samples in a row have one shape."""
         waiting = [*chain(*self.ready.values()), *chain(*self.batches.values())]
         self.left.extendleft(reversed(waiting))
@@ -81,10 +81,10 @@ class _Dealer:
         for bucket in self.ready:
             self.ready[bucket] = []
         while True:
-            index = self.left.popleft() if self.left else next(self.stream)
-            bucket = self.bucket_ids[index]
-            batch = self.batches[bucket if batch_size == 1 else (bucket, self.shape_ids[index])]
-            batch.append(index)
+            item = self.left.popleft() if self.left else next(self.stream)
+            bucket, shape = self.bucket_ids[item[0]], self.shape_ids[item[0]]
+            batch = self.batches[bucket if batch_size == 1 else (bucket, shape)]
+            batch.append(item)
             if len(batch) == batch_size:
                 self.ready[bucket] += batch
                 batch.clear()
@@ -107,6 +107,17 @@ def step_groups(
     shape_ids: what samples of one micro-batch must have in common beside their bucket; then a segment is [group_size,
     n_groups, batch_size], and the group's micro-batches lie one after the other.
     """
+    for group in epoch_groups(bucket_ids, seed, segments, shape_ids):
+        yield [sample for sample, _ in group]
+
+
+def epoch_groups(
+    bucket_ids: Sequence,
+    seed: int,
+    segments: Sequence[Sequence[int | None]],
+    shape_ids: Sequence | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """As step_groups, each sample with the epoch, from 0, that it is dealt for: [(sample, epoch), ...]."""
     if not len(bucket_ids):
         raise ValueError("zero samples; expected at least one row after the check of the data")
     dealer = _Dealer(bucket_ids, shape_ids, _stream(len(bucket_ids), seed))
@@ -136,6 +147,7 @@ class Place(NamedTuple):
     step: int  # optimizer step
     position: int  # within the step's group, from 0
     group: tuple[int, ...] = ()  # samples of the whole step, over all micro-batches and processes
+    epoch: int = 0  # passes over the data that came before this one
 
 
 class MicroBatchSampler(Sampler[list[Place]]):
@@ -175,13 +187,17 @@ class MicroBatchSampler(Sampler[list[Place]]):
         return advance_segments(self.segments, self.group_size, step - self.start_step, self.equal_shapes)
 
     def __iter__(self) -> Iterator[list[Place]]:
-        segments = [*self.segments, (self.group_size, None, self.equal_shapes)]
-        groups = step_groups(self.bucket_ids, self.seed, segments, self.shape_ids)
-        for step, group in enumerate(groups, start=self.start_step):
-            whole = tuple(group)
+        for step, group in self.steps():
+            whole = tuple(sample for sample, _ in group)
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [Place(group[at], step, at, whole) for at in range(first, first + self.batch_size)]
+                yield [Place(whole[at], step, at, whole, group[at][1]) for at in range(first, first + self.batch_size)]
+
+    def steps(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """(step, [(sample, epoch), ...]) of all processes, endless: what a run will need, known before it starts."""
+        segments = [*self.segments, (self.group_size, None, self.equal_shapes)]
+        groups = epoch_groups(self.bucket_ids, self.seed, segments, self.shape_ids)
+        yield from enumerate(groups, start=self.start_step)
 
 
 def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:

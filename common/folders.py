@@ -22,7 +22,8 @@ def resolve_paths(cfg, recipe_dir: Path, argv: Sequence[str] | None = None) -> N
     if cfg.train_data_dir == "tiny":
         cfg.train_data_dir = str(tiny / "data")
         if hasattr(cfg, "validation_prompts"):
-            cfg.validation_prompts = cfg.validation_prompts or (str(tiny / "data" / "validation_prompts.txt"),)
+            files = [tiny / "data" / name for name in ("validation_prompts.txt", "validation.json")]
+            cfg.validation_prompts = cfg.validation_prompts or (str(next(f for f in files if f.is_file())),)
     if not cfg.output_dir:
         name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "default"
         cfg.output_dir = str(repository / "outputs" / recipe_dir.name / name)

@@ -18,11 +18,12 @@ from common.runtime import Run, stop
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
 
 
-def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None:
+def check_memory(run: Run, cfg, parameters: int, activations_gib: float, frozen: int = 0) -> None:
     """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
     bytes a parameter.
 
-    parameters: how many the model has; activations_gib: what the recipe measured for one sample with checkpointing.
+    parameters: how many train; activations_gib: what the recipe measured for one sample with checkpointing; frozen:
+    parameters beside them that only take 2 bytes.
     """
     if run.device.type != "cuda":
         return
@@ -33,12 +34,13 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float) -> None
     elif run.strategy == "zero2":
         per_parameter = 2 + (per_parameter - 2) / run.world_size
     shards = run.world_size if run.sharded else 1
-    need = per_parameter * parameters / shards / 2**30 + activations_gib
+    frozen_bytes = 0 if run.offload and run.sharded else 2 * frozen
+    need = (per_parameter * parameters + frozen_bytes) / shards / 2**30 + activations_gib
     have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
     if need > have:
         raise ValueError(
             f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
-            f"for {parameters / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
+            f"for {(parameters + frozen) / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
         )
 
 

@@ -10,10 +10,11 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -246,6 +247,7 @@ def _check(
     known_good: Collection[str],
     max_pixels: int,
     source_problem: Callable[[int, int], str],
+    check: Callable[[bytes, bool, int], tuple[int, int]],
 ) -> Record:
     """The record with digest, width and height filled in, or with its `problem`."""
     if record.problem:
@@ -258,7 +260,7 @@ def _check(
             digest.update(len(images[-1]).to_bytes(8, "little") + images[-1])
         decode = digest.hexdigest() not in known_good
         for place in range(len(names)):
-            sizes.append(check_image(images[place], decode, max_pixels))
+            sizes.append(check(images[place], decode, max_pixels))
             if place and (problem := source_problem(*sizes[-1])):
                 raise ValueError(problem)
     except (FileNotFoundError, NotADirectoryError):
@@ -281,13 +283,14 @@ def check_records(
     max_pixels: int | None = None,
     types: Collection[str] = ("image",),
     source_problem: Callable[[int, int], str] = lambda width, height: "",
+    checks: Mapping[str, Callable[[bytes, bool, int], tuple[int, int]]] = MappingProxyType({}),
 ) -> list[Record]:
     """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
 
     on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
     types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
-    89 million. source_problem: what makes a source image of (width, height) unusable, "" if nothing. The same answer
-    on every rank.
+    89 million. source_problem: what makes a source image of (width, height) unusable, "" if nothing. checks: what
+    takes check_image's place for the files of another type ({"video": check_video}). The same answer on every rank.
     """
     wrong = f"expected {' or '.join(types)}"
     records = [
@@ -300,7 +303,11 @@ def check_records(
     with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         results = pool.imap(
-            lambda record: _check(record, train_data_dir, known_good, limit, source_problem), records, chunksize=8
+            lambda record: _check(
+                record, train_data_dir, known_good, limit, source_problem, checks.get(record.type, check_image)
+            ),
+            records,
+            chunksize=8,
         )
         results = list(tqdm(results, "check data", len(records), unit="row", disable=not progress))
     bad = [record for record in results if record.problem]

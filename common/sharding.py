@@ -80,9 +80,18 @@ def random_reader(seed: int, device: torch.device, scale: float = 0.02) -> Reade
     return read
 
 
-def load_weights(model: nn.Module, read: Reader, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill the meta parameters of `model` on `device` in `dtype`; sharded (DTensor) ones get this rank's rows only."""
+def load_weights(
+    model: nn.Module,
+    read: Reader,
+    dtype: torch.dtype,
+    device: torch.device,
+    frozen_dtype: torch.dtype | None = None,
+) -> None:
+    """Fill the meta parameters of `model` on `device` in `dtype`, those that do not train in `frozen_dtype` if given;
+    sharded (DTensor) ones get this rank's rows only."""
+    trained_dtype = dtype
     for name, parameter, module, leaf in _parameters_with_owner(model):
+        dtype = trained_dtype if parameter.requires_grad else frozen_dtype or trained_dtype
         if hasattr(parameter, "to_local"):
             full = torch.empty_like(parameter, dtype=dtype, device=device)
             local, start = full.to_local(), _first_row(parameter)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
-from itertools import islice
+from collections import Counter, defaultdict
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -427,7 +427,7 @@ def steps_of_all_ranks(n, world_size, batch, accumulation, **kwargs):
     for rank in range(world_size):
         for micro in take(n, rank=rank, **options):
             assert len(micro) == batch and len({place.step for place in micro}) == 1
-            for index, step, position, group in micro:
+            for index, step, position, group, _ in micro:
                 assert group[position] == index and len(group) == world_size * batch * accumulation
                 assert position not in steps.setdefault(step, {}), "two ranks share a sample"
                 steps[step][position] = index
@@ -444,6 +444,22 @@ def test_ranks_split_one_group():
     for world_size, batch, accumulation in ((2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)):
         assert steps_of_all_ranks(20, world_size, batch, accumulation) == whole
     assert steps_of_all_ranks(20, 1, 4, 1, seed=4) != whole
+
+
+def test_a_place_knows_its_epoch():
+    """Every sample is dealt for epochs 0, 1, 2, ... in order, whatever batches and leftovers it waited in."""
+    segments = [[6, 7, 3], [4, 5, 2]]
+    shapes = [index % 2 for index in range(len(BUCKET_IDS))]
+    epochs = defaultdict(list)
+    for n in range(len(segments)):
+        for group in data.epoch_groups(BUCKET_IDS, 3, segments[: n + 1], shapes):
+            for sample, epoch in group:
+                epochs[sample].append(epoch)
+    sampler = data.MicroBatchSampler(BUCKET_IDS, 2, 1, 0, 1, 3, segments, 12, shapes)
+    for place in chain(*islice(sampler, 400)):
+        epochs[place.sample].append(place.epoch)
+    assert len(epochs) == len(BUCKET_IDS) and max(map(len, epochs.values())) > 3
+    assert all(found == list(range(len(found))) for found in epochs.values())
 
 
 def consumed(segments, n_last, group_size):

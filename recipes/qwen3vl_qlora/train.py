@@ -147,8 +147,8 @@ class Config:
     """see common/optimizers.py for memory and where each may run"""
     learning_rate: float = 2.5e-4
     """peak learning rate"""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up: constant, or falling to zero at max_train_steps"""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
     lr_warmup_steps: int = 0
     """steps of linear warm-up"""
     lr_warmup_ratio: float = 0.02
@@ -177,10 +177,10 @@ class Config:
     """training stops when a reduction would bring the learning rate under this; 0 never stops"""
     min_val_loss: float = 0.2
     """training stops when the validation loss is under this; 0 never stops"""
-    validation_steps: int = 100
+    validation_steps: int = 10_000
     """steps between validations, and one before the first step and at the end; 0 does none"""
     validation_epochs: float = 1.0
-    """when given, sets validation_steps (unless that is 0) to this many passes over the data; 0 leaves it alone"""
+    """when given, validation_steps (unless that is 0) is at most this many passes over the data; 0 leaves it alone"""
     max_validation_rows: int = 0
     """rows of the task, and of each retention pool, to validate on at most (the first ones); 0 takes all"""
     best_metric: Literal["validation_loss", "task_accuracy"] = "validation_loss"
@@ -574,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.num_train_epochs:
         cfg.max_train_steps = math.ceil(cfg.num_train_epochs * steps_per_epoch)
     if cfg.validation_epochs and cfg.validation_steps and not cfg.benchmark:
-        cfg.validation_steps = max(1, round(cfg.validation_epochs * steps_per_epoch))
+        cfg.validation_steps = min(cfg.validation_steps, max(1, round(cfg.validation_epochs * steps_per_epoch)))
     if not cfg.benchmark:
         every = f"every {cfg.validation_steps}" if cfg.validation_steps else "never"
         run.print(

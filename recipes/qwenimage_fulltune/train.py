@@ -115,8 +115,8 @@ class Config:
     """step each parameter inside backward and free its gradient; no accumulation, no clipping"""
     learning_rate: float = 5e-6
     """peak learning rate"""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up: constant, or falling to zero at max_train_steps"""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
     lr_warmup_steps: int = 0
     """steps of linear warm-up"""
     adam_beta1: float = 0.9

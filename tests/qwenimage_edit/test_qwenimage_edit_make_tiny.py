@@ -1,0 +1,286 @@
+"""The tiny checkpoint opens with both unmodified pipelines, its VAE reconstructs, its base knows German colours only."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from helpers import ROOT, load_script
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import shapes
+
+RECIPE = ROOT / "recipes" / "qwenimage_edit"
+EMBEDDING_OF_RED = []  # the first values of "red" in "make the circle red", behind a white source
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def make_tiny():
+    return load_script(RECIPE / "make_tiny.py")
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    assert make_tiny.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny) -> QwenImageEditPlusPipeline:
+    pipe = QwenImageEditPlusPipeline.from_pretrained(tiny / "model")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def edit_pipe(tiny) -> QwenImageEditPipeline:
+    """By from_pretrained of the folder that names the other pipeline."""
+    pipe = QwenImageEditPipeline.from_pretrained(tiny / "model")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def rows(tiny) -> dict[str, list[dict]]:
+    return {name: json.loads((tiny / f"data/{name}.json").read_text()) for name in ("train", "validation")}
+
+
+def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
+    index = tiny / "model/model_index.json"
+    before = index.stat().st_mtime_ns
+    assert not make_tiny.make(tiny)
+    assert index.stat().st_mtime_ns == before
+    monkeypatch.setattr(make_tiny, "fingerprint", lambda weights: "another")
+    monkeypatch.setattr(make_tiny, "build_pipeline", lambda weights: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny.make(tiny)
+    monkeypatch.undo()
+    assert not (tiny / "stamp.txt").exists(), "a killed run must not look finished"
+    assert make_tiny.make(tiny) and not make_tiny.make(tiny)
+
+
+def test_shipped_weights_are_small_and_those_of_the_checkpoint(make_tiny, pipe):
+    assert make_tiny.WEIGHTS.stat().st_size <= 4_000_000
+    shipped = load_file(make_tiny.WEIGHTS)
+    statistics = [shipped.pop(name) for name in ("latents_mean", "latents_std")]
+    opened = {f"vae.{name}": tensor for name, tensor in pipe.vae.state_dict().items()}
+    opened |= {f"transformer.{name}": tensor for name, tensor in pipe.transformer.state_dict().items()}
+    assert shipped.keys() == opened.keys()
+    for name, tensor in shipped.items():
+        whole = opened[name].half()
+        if whole.shape != tensor.shape:  # a causal kernel: a single picture meets its last slice only
+            assert not whole[:, :, :-1].any(), name
+            whole = whole[:, :, -1:]
+        torch.testing.assert_close(whole, tensor, atol=0, rtol=0, msg=name)
+    for name, tensor in zip(("latents_mean", "latents_std"), statistics, strict=True):
+        assert pipe.vae.config[name] == tensor.tolist()
+
+
+def test_the_classes_and_sizes_are_those_of_qwen_image_edit(tiny, pipe, edit_pipe):
+    index = json.loads((tiny / "model/model_index.json").read_text())
+    assert index.pop("_class_name") == "QwenImageEditPlusPipeline"
+    assert {name: value[1] for name, value in index.items() if not name.startswith("_")} == {
+        "processor": "Qwen2VLProcessor",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "tokenizer": "Qwen2Tokenizer",
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+    }
+    for one in (pipe, edit_pipe):
+        assert one.vae_scale_factor == 64, "a packed token of 128 x 128 pixels"
+        assert one.transformer.config.in_channels == 4 * one.vae.config.z_dim
+        assert one.transformer.config.out_channels == one.vae.config.z_dim
+        assert one.transformer.config.joint_attention_dim == one.text_encoder.config.text_config.hidden_size
+
+
+def test_scheduler_is_qwens(pipe):
+    config = pipe.scheduler.config
+    assert config.use_dynamic_shifting and config.shift_terminal == 0.02 and config.time_shift_type == "exponential"
+    assert (config.base_image_seq_len, config.max_image_seq_len) == (256, 8192)
+    assert (config.base_shift, config.max_shift, config.shift, config.num_train_timesteps) == (0.5, 0.9, 1.0, 1000)
+
+
+def test_templates_and_tokenizer(make_tiny, pipe, edit_pipe, rows):
+    """64 tokens before what the pipelines keep: in the edit pipeline that starts with the source itself."""
+    tokenizer = pipe.tokenizer
+    assert pipe.prompt_template_encode_start_idx == edit_pipe.prompt_template_encode_start_idx == 64
+    for template, kept in (
+        (pipe.prompt_template_encode, ""),
+        (edit_pipe.prompt_template_encode, VISION),
+    ):
+        before, behind = template.split("{}")
+        ids = tokenizer(before).input_ids
+        assert tokenizer.decode(ids[64:]) == kept and tokenizer.decode(ids[:64]).endswith("<|im_start|>user\n")
+        assert len(tokenizer(behind).input_ids) == 5
+    for text in {row["text"] for some in rows.values() for row in some}:
+        for said in (text, make_tiny.in_german(text)):
+            assert len(tokenizer(said).input_ids) == len(text.split()), f"one token a word: {tokenizer.tokenize(said)}"
+    for text in ("make the circle red", "Größe: 3 Hüte\n\n", "don't  redden 雪"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    for token in make_tiny.SPECIAL_TOKENS:
+        assert len(tokenizer(token).input_ids) == 1
+
+
+def test_processor_gives_one_token_for_128_pixels(pipe):
+    """A square source is 9 tokens of 384 x 384 pixels or 64 of 1024 x 1024; a wide one is resized a little."""
+    for size, grid in (((384, 384), (6, 6)), ((1024, 1024), (16, 16)), ((1440, 736), (12, 22)), ((544, 288), (4, 8))):
+        inputs = pipe.processor(text=[VISION], images=[Image.new("RGB", size)], return_tensors="pt")
+        assert inputs["image_grid_thw"].tolist() == [[1, *grid]]
+        assert (inputs["input_ids"] == pipe.processor.image_token_id).sum() == grid[0] * grid[1] // 4
+
+
+def test_prompts_are_those_that_the_base_was_trained_on(pipe, edit_pipe):
+    """The word says itself, the words before it do not know it, and the source shows in what follows it."""
+    white, black = (Image.new("RGB", (384, 384), colour) for colour in ("white", "black"))
+    red, blue, dark = (
+        pipe.encode_prompt(f"make the circle {colour}", image=[source])[0]  # (1, 22, 64)
+        for colour, source in (("red", white), ("blue", white), ("red", black))
+    )
+    assert red.shape == (1, 22, 64), "4 of 'Picture 1: ', 11 of the source, 4 words, 5 of the template's end"
+    distance = (red - blue)[0].norm(dim=-1)
+    assert (distance[:-6] < 1e-3).all() and distance[-6] > 5 and (distance[-6] > 2 * distance[-5:]).all()
+    assert (red - dark)[0, 6:15].norm(dim=-1).min() > 0.5
+    torch.testing.assert_close(red[0, -6, :3], torch.tensor(EMBEDDING_OF_RED), atol=2e-4, rtol=0)
+    embeds, mask = edit_pipe.encode_prompt("make the circle red", image=Image.new("RGB", (1024, 1024), "white"))
+    assert embeds.shape == (1, 75, 64) and mask is None
+    embeds, _ = pipe.encode_prompt("make the circle red", image=[white, black])
+    assert embeds.shape == (1, 37, 64)
+
+
+def test_pretraining_prompts_are_the_pipelines(make_tiny, pipe, edit_pipe):
+    """Instructions encoded in batches for pretraining are what the pipelines make of them one at a time."""
+    texts = ["make the circle rot", ""]
+    pictures = make_tiny.to_tensor([make_tiny.random_scene(seed) for seed in range(2)])
+    for plus in (True, False):
+        embeds, mask = make_tiny.embeds_of(pipe, pictures, texts, plus)
+        for i, text in enumerate(texts):
+            size = make_tiny.PLUS_CONDITION_SIZE if plus else make_tiny.SOURCE_SIZE
+            pixels = (make_tiny.resized(pictures[i : i + 1], size) * 127.5 + 127.5).round().byte()[0]
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            expected, _ = pipe.encode_prompt(text, [image]) if plus else edit_pipe.encode_prompt(text, image)
+            assert mask[i].sum() == expected.shape[1]
+            torch.testing.assert_close(embeds[i, : expected.shape[1]], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_data(make_tiny, tiny, rows):
+    """Every edit changes the colour of the shape that it names, and nothing else; sources are shared."""
+    data, train, held_out = tiny / "data", rows["train"], rows["validation"]
+    assert len(train) == 96 and len(held_out) == 10
+    sources = {row["source_file_path"][0] for row in train}
+    assert len(sources) == len({row["file_path"] for row in train}) == 48
+    allowed = {pair for pair in itertools.product(make_tiny.COLOURS, make_tiny.SHAPES)} - set(make_tiny.HELD_OUT)
+    for some, pairs in ((train, allowed), (held_out, set(make_tiny.HELD_OUT))):
+        asked = set()
+        for row in some:
+            assert row["type"] == "image" and len(row["source_file_path"]) == 1
+            words = row["text"].split()
+            shape, colour = words[2], words[-1]
+            before, after = (
+                shapes.find_shapes(Image.open(data / path)) for path in (*row["source_file_path"], row["file_path"])
+            )
+            changed = [pair for pair in zip(before, after, strict=True) if pair[0].colour != pair[1].colour]
+            assert [(x.shape, x.colour) for _, x in changed] == [(shape, colour)], row
+            assert all(x.shape == y.shape and np.abs(np.subtract(x.bbox, y.bbox)).max() < 9 for x, y in zip(before, after))
+            asked.add((colour, shape))
+        assert asked == pairs
+    assert (data / "validation_prompts.txt").read_text().splitlines() == [row["text"] for row in held_out]
+    paths = (data / "validation_image_paths.txt").read_text().splitlines()
+    assert paths == [row["source_file_path"][0] for row in held_out]
+    with Image.open(data / train[0]["file_path"]) as picture:
+        assert picture.size == (512, 512) and picture.mode == "RGB"
+
+
+def test_data_are_the_same_every_time(make_tiny, tiny, tmp_path):
+    make_tiny.write_data(tmp_path / "again")
+    files = sorted(path.relative_to(tiny / "data") for path in (tiny / "data").rglob("*.*"))
+    assert len(files) == 48 + 20 + 4
+    for file in files:
+        assert (tiny / "data" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_count_right(make_tiny, tiny, rows):
+    data, held_out = tiny / "data", rows["validation"]
+    targets = [Image.open(data / row["file_path"]) for row in held_out]
+    sources = [Image.open(data / row["source_file_path"][0]) for row in held_out]
+    assert make_tiny.count_right(targets, held_out, data) == 10
+    assert make_tiny.count_right(sources, held_out, data) == 0
+    assert make_tiny.count_right([image.transpose(Image.Transpose.ROTATE_180) for image in targets], held_out, data) < 5
+    assert make_tiny.count_right([image.resize((256, 256)) for image in targets], held_out, data) == 10
+
+
+def test_same_objects():
+    """Another colour, shape or place, an object more or fewer: each is another picture."""
+    circle, cross = shapes.Found("red", "circle", (20, 20, 220, 220)), shapes.Found("blue", "cross", (270, 270, 470, 470))
+    expected = shapes.draw([circle, cross], size=(512, 512))
+
+    def same(*objects: shapes.Found) -> bool:
+        return shapes.same_objects(shapes.draw(objects, size=(512, 512)), expected)
+
+    assert same(circle, cross) and same(cross, circle)
+    assert same(shapes.Found("red", "circle", (30, 10, 225, 205)), cross)
+    assert not same(shapes.Found("green", "circle", circle.bbox), cross)
+    assert not same(shapes.Found("red", "square", circle.bbox), cross)
+    assert not same(shapes.Found("red", "circle", (20, 60, 220, 260)), cross)
+    assert not same(circle)
+    assert not same(circle, cross, shapes.Found("blue", "square", (300, 20, 480, 200)))
+    assert not same(shapes.Found("red", "circle", cross.bbox), shapes.Found("blue", "cross", circle.bbox))
+
+
+def test_zero_cond_t_takes_the_same_weights(make_tiny):
+    """As in Edit-2511: the sources' modulation differs, the parameters do not."""
+    pipes = [make_tiny.build_pipeline(zero_cond_t=zero_cond_t) for zero_cond_t in (False, True)]
+    states = [pipe.transformer.state_dict() for pipe in pipes]
+    assert pipes[1].transformer.config.zero_cond_t and not pipes[0].transformer.config.zero_cond_t
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    generator = torch.Generator().manual_seed(0)
+    inputs = dict(
+        hidden_states=torch.randn(1, 80, 64, generator=generator),
+        encoder_hidden_states=torch.randn(1, 22, 64, generator=generator),
+        timestep=torch.tensor([0.5]),
+        img_shapes=[[(1, 4, 4), (1, 8, 8)]],
+        return_dict=False,
+    )
+    with torch.no_grad():
+        plain, zero = (pipe.transformer(**inputs)[0] for pipe in pipes)
+    assert plain.shape == (1, 80, 64) and not torch.allclose(plain, zero)
+
+
+def test_vae_reconstructs(make_tiny, tiny, pipe, rows):
+    """At 512 as a target; and latents of a source at 1024 are of the same scale."""
+    some = rows["train"][:8]
+    pictures = make_tiny.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in some])
+    latents = make_tiny.encode(pipe.vae, pictures, 512)
+    assert latents.shape == (8, 16, 1, 8, 8)
+    with torch.no_grad():
+        decoded = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample[:, :, 0], output_type="pil")
+    assert make_tiny.count_right(decoded, some, tiny / "data") >= 7
+    error = (make_tiny.to_tensor(decoded).float() - pictures) / 255
+    assert -10 * error.square().mean().log10() > 24
+    packed = make_tiny.packed_latents_of(pipe, pictures, 512)
+    source = make_tiny.packed_latents_of(pipe, pictures[:1], 1024)
+    assert packed.shape == (8, 16, 64) and source.shape == (1, 64, 64)
+    for some in (packed, source):
+        assert some.mean().abs() < 0.4 and 0.6 < some.std() < 1.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plus", "edit"])
+def test_base_knows_german_colours_only(mode, make_tiny, tiny, pipe, edit_pipe, rows):
+    held_out, data = rows["validation"], tiny / "data"
+    one = pipe if mode == "plus" else edit_pipe
+    sources = [Image.open(data / row["source_file_path"][0]) for row in held_out]
+    german, english = (
+        [make_tiny.sample(one, source, say(row["text"])) for source, row in zip(sources, held_out, strict=True)]
+        for say in (make_tiny.in_german, str)
+    )
+    assert make_tiny.count_right(german, held_out, data) >= 8
+    assert make_tiny.count_right(english, held_out, data) <= 1
+    assert sum(map(shapes.same_objects, english, sources)) >= 8, "left as they were"
