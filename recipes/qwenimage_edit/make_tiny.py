@@ -372,7 +372,7 @@ def in_german(text: str) -> str:
 
 def drawn(draw: Callable, n: int) -> list:
     """draw(0), ..., draw(n - 1), on all cores."""
-    with Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with Pool() as pool:
         return pool.map(draw, range(n), chunksize=8)
 
 
@@ -409,27 +409,41 @@ def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, size: int) -> to
     return torch.cat([vae.encode(resized(x, size)[:, :, None]).latent_dist.mode() for x in pictures.split(16)])
 
 
-def pretrain_vae(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
-    """Reconstruction (L1 + L2) of `pictures` (N, 3, 512, 512) from noisy latents, every fourth step at 1024 x 1024;
-    then measures latents_mean and latents_std.
+def random_crops(pictures: torch.Tensor, size: int, zoom: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The same random square of `count` of the pictures (N, 3, 512, 512) uint8, enlarged `zoom` times to size x size:
+    (count, 3, 1, size, size) float32 in [-1, 1]; every other one tinted, for colours beside those of the palette."""
 
-    The noise, and pictures of any colour beside those of the palette, keep the latents smooth: without them a small
-    error of the transformer turns patches of one colour into another.
+    def draw(high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator, device=pictures.device)
+
+    side = size // zoom
+    left, top = draw(SIZE - side + 1, (2,)).tolist()
+    rows = draw(len(pictures), (count,))
+    crops = resized(pictures[rows, :, top : top + side, left : left + side], size)[:, :, None]
+    scale = torch.empty(count, 3, 1, 1, 1, device=crops.device).uniform_(-1, 1, generator=generator)
+    shift = torch.empty_like(scale).uniform_(-1, 1, generator=generator) * (1 - scale.abs())
+    crops[::2] = (crops * scale + shift)[::2]
+    return crops
+
+
+def pretrain_vae(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
+    """Reconstruction (L1 + L2) of `pictures` (N, 3, 512, 512) from noisy latents: crops of 256 x 256, in the last
+    fifth of the steps whole pictures; a quarter of both twice as large. Then measures latents_mean and latents_std.
+
+    The noise and the tints keep the latents smooth: without them a small error of the transformer turns patches of one
+    colour into another.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
     generator = torch.Generator(pictures.device).manual_seed(SEED)
     for step in range(steps):
-        size, count = (SIZE, batch_size) if step % 4 else (SOURCE_SIZE, batch_size // 4)
-        rows = torch.randint(len(pictures), (count,), generator=generator, device=pictures.device)
-        x = resized(pictures[rows], size)[:, :, None]  # (B, 3, 1, size, size)
-        scale = torch.empty(count, 3, 1, 1, 1, device=x.device).uniform_(-1, 1)
-        shift = torch.empty_like(scale).uniform_(-1, 1) * (1 - scale.abs())
-        x[::2] = (x * scale + shift)[::2]
-        latents = vae.encode(x).latent_dist.mode()  # (B, 16, 1, size/64, size/64)
+        zoom, whole = 1 if step % 4 else 2, step >= 0.8 * steps
+        size, count = (SIZE * zoom, batch_size // zoom**2) if whole else (SIZE // 2, batch_size)
+        x = random_crops(pictures, size, zoom, count, generator)  # (B, 3, 1, size, size)
+        latents = vae.encode(x).latent_dist.mode()  # (B, 16, 1, size / 64, size / 64)
         error = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents)) - x
         loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
         update(optimizer, loss, cosine(step, steps, 3e-3))
-        if step % 250 == 0 or step == steps - 1:
+        if step % 250 == 1 or step == steps - 1:
             print(f"vae {step}/{steps} loss {loss.item():.4f} psnr {psnr(error):.1f} at {size}", flush=True)
     with torch.no_grad():
         vae.quant_conv.weight[VAE["z_dim"] :] = 0  # the posterior's variance is the noise of the decoder's training
@@ -556,7 +570,10 @@ def report(pipe: QwenImageEditPlusPipeline, folder: Path) -> None:
         print(f"the VAE keeps {right} of {len(originals)} pictures at {size}", flush=True)
     sources = [Image.open(folder / row["source_file_path"][0]) for row in rows]
     for name, one in (("plus", pipe), ("edit", QwenImageEditPipeline(**pipe.components))):
-        for language, texts in (("German", [in_german(row["text"]) for row in rows]), ("English", [r["text"] for r in rows])):
+        for language, texts in (
+            ("German", [in_german(row["text"]) for row in rows]),
+            ("English", [r["text"] for r in rows]),
+        ):
             images = [sample(one, source, text) for source, text in zip(sources, texts, strict=True)]
             right = count_right(images, rows, folder)
             kept = sum(map(shapes.same_objects, images, sources))
@@ -568,23 +585,21 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(SEED)
-    pipe = build_pipeline(weights=None).to(device)
-    pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
 
     def stage(name: str) -> None:
         print(f"[{time.monotonic() - started:.0f} s] {name}", flush=True)
 
-    scenes = to_tensor(drawn(random_scene, int(3000 * scale))).to(device)  # (N, 3, 512, 512)
-    edits = drawn(random_edit, int(6000 * scale))
+    scenes, edits = drawn(random_scene, int(3000 * scale)), drawn(random_edit, int(4000 * scale))
     stage("drawn")
+    pipe = build_pipeline(weights=None).to(device)
+    pipe.set_progress_bar_config(disable=True)
     convolve_single_frames(pipe.vae)
-    pretrain_vae(pipe.vae, scenes, int(2000 * scale), 16)
+    pretrain_vae(pipe.vae, to_tensor(scenes).to(device), int(5000 * scale), 16)
     stage("VAE trained")
     pretrain_transformer(pipe, edits, int(4000 * scale), 128 if device == "cuda" else 16)
     stage("transformer trained")
-    targets = to_tensor([edit[1] for edit in edits[: int(3000 * scale)]]).to(device)
-    sharpen_decoder(pipe.vae, targets, int(1500 * scale), 16)
+    sharpen_decoder(pipe.vae, to_tensor([target for _, target, _ in edits]).to(device), int(2000 * scale), 8)
     stage("decoder sharpened")
     save_weights(pipe, path)
     with tempfile.TemporaryDirectory() as folder:
