@@ -1,4 +1,4 @@
-"""The tiny checkpoint opens with both unmodified pipelines, its VAE reconstructs, its base knows German colours only."""
+"""The tiny checkpoint opens with both unmodified pipelines, its VAE reconstructs, its base knows German colours."""
 
 import itertools
 import json
@@ -175,7 +175,7 @@ def test_data(make_tiny, tiny, rows):
     assert len(train) == 96 and len(held_out) == 10
     sources = {row["source_file_path"][0] for row in train}
     assert len(sources) == len({row["file_path"] for row in train}) == 48
-    allowed = {pair for pair in itertools.product(make_tiny.COLOURS, make_tiny.SHAPES)} - set(make_tiny.HELD_OUT)
+    allowed = set(itertools.product(make_tiny.COLOURS, make_tiny.SHAPES)) - set(make_tiny.HELD_OUT)
     for some, pairs in ((train, allowed), (held_out, set(make_tiny.HELD_OUT))):
         asked = set()
         for row in some:
@@ -187,7 +187,9 @@ def test_data(make_tiny, tiny, rows):
             )
             changed = [pair for pair in zip(before, after, strict=True) if pair[0].colour != pair[1].colour]
             assert [(x.shape, x.colour) for _, x in changed] == [(shape, colour)], row
-            assert all(x.shape == y.shape and np.abs(np.subtract(x.bbox, y.bbox)).max() < 9 for x, y in zip(before, after))
+            assert all(
+                x.shape == y.shape and np.abs(np.subtract(x.bbox, y.bbox)).max() < 9 for x, y in zip(before, after)
+            )
             asked.add((colour, shape))
         assert asked == pairs
     assert (data / "validation_prompts.txt").read_text().splitlines() == [row["text"] for row in held_out]
@@ -211,13 +213,18 @@ def test_count_right(make_tiny, tiny, rows):
     sources = [Image.open(data / row["source_file_path"][0]) for row in held_out]
     assert make_tiny.count_right(targets, held_out, data) == 10
     assert make_tiny.count_right(sources, held_out, data) == 0
-    assert make_tiny.count_right([image.transpose(Image.Transpose.ROTATE_180) for image in targets], held_out, data) < 5
+    assert (
+        make_tiny.count_right([image.transpose(Image.Transpose.ROTATE_180) for image in targets], held_out, data) < 5
+    )
     assert make_tiny.count_right([image.resize((256, 256)) for image in targets], held_out, data) == 10
 
 
 def test_same_objects():
     """Another colour, shape or place, an object more or fewer: each is another picture."""
-    circle, cross = shapes.Found("red", "circle", (20, 20, 220, 220)), shapes.Found("blue", "cross", (270, 270, 470, 470))
+    circle, cross = (
+        shapes.Found("red", "circle", (20, 20, 220, 220)),
+        shapes.Found("blue", "cross", (270, 270, 470, 470)),
+    )
     expected = shapes.draw([circle, cross], size=(512, 512))
 
     def same(*objects: shapes.Found) -> bool:
