@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from common import shapes
 
 RECIPE = ROOT / "recipes" / "qwenimage_edit"
-EMBEDDING_OF_RED = []  # the first values of "red" in "make the circle red", behind a white source
+EMBEDDING_OF_RED = [0.6232, 0.7929, -0.4039]  # the first values of "red" in "make the circle red", behind a white source
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -140,10 +140,10 @@ def test_prompts_are_those_that_the_base_was_trained_on(pipe, edit_pipe):
     """The word says itself, the words before it do not know it, and the source shows in what follows it."""
     white, black = (Image.new("RGB", (384, 384), colour) for colour in ("white", "black"))
     red, blue, dark = (
-        pipe.encode_prompt(f"make the circle {colour}", image=[source])[0]  # (1, 22, 64)
+        pipe.encode_prompt(f"make the circle {colour}", image=[source])[0]  # (1, 25, 64)
         for colour, source in (("red", white), ("blue", white), ("red", black))
     )
-    assert red.shape == (1, 22, 64), "4 of 'Picture 1: ', 11 of the source, 4 words, 5 of the template's end"
+    assert red.shape == (1, 25, 64), "5 of 'Picture 1: ', 11 of the source, 4 words, 5 of the template's end"
     distance = (red - blue)[0].norm(dim=-1)
     assert (distance[:-6] < 1e-3).all() and distance[-6] > 5 and (distance[-6] > 2 * distance[-5:]).all()
     assert (red - dark)[0, 6:15].norm(dim=-1).min() > 0.5
@@ -151,7 +151,7 @@ def test_prompts_are_those_that_the_base_was_trained_on(pipe, edit_pipe):
     embeds, mask = edit_pipe.encode_prompt("make the circle red", image=Image.new("RGB", (1024, 1024), "white"))
     assert embeds.shape == (1, 75, 64) and mask is None
     embeds, _ = pipe.encode_prompt("make the circle red", image=[white, black])
-    assert embeds.shape == (1, 37, 64)
+    assert embeds.shape == (1, 41, 64)
 
 
 def test_pretraining_prompts_are_the_pipelines(make_tiny, pipe, edit_pipe):
