@@ -157,7 +157,7 @@ def test_prompts_are_those_that_the_base_was_trained_on(pipe, edit_pipe):
 def test_pretraining_prompts_are_the_pipelines(make_tiny, pipe, edit_pipe):
     """Instructions encoded in batches for pretraining are what the pipelines make of them one at a time."""
     texts = ["make the circle rot", ""]
-    pictures = make_tiny.to_tensor([make_tiny.random_scene(seed) for seed in range(2)])
+    pictures = make_tiny.to_tensor([make_tiny.random_edit(seed)[0] for seed in range(2)])
     for plus, batch_size in itertools.product((True, False), (1, 2)):
         embeds, mask = make_tiny.embeds_of(pipe, pictures, texts, plus, batch_size)
         for i, text in enumerate(texts):
