@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Pool
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "common").is_dir())))
@@ -42,7 +43,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -55,11 +56,13 @@ from transformers import (
 from common import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
-SIZE = 512  # pixels of the drawings and of what the model makes of them: 8 x 8 latents, 16 packed tokens
-SOURCE_SIZE = 1024  # what the pipelines enlarge a square source to: 64 packed tokens
+SIZE = 512  # pixels of the drawings
+MODEL_SIZE = 1024  # what the pipelines enlarge a square source to, and the target's: 16 x 16 latents, 64 packed tokens
 PLUS_CONDITION_SIZE = 384  # and the plus pipeline's, for the text encoder: 9 tokens
 SEED = 0
-LATENT_NOISE = 0.3
+LATENT_NOISE = 0.1  # of a latent's std: what the decoder has learned to bear
+LOUD = 1000.0  # a constant channel that drowns the others: behind it the last RMS norm only scales
+OFFSET = 10.0  # SiLU leaves x + 10 as it is
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 GERMAN = ("rot", "gruen", "blau", "gelb", "lila", "tuerkis")  # the same colours, as the base was told them
@@ -94,12 +97,14 @@ SCHEDULER = {
 }
 # six halvings: a latent stands for 64 x 64 pixels, a packed token for 128 x 128
 VAE = {
-    "base_dim": 3,
+    "base_dim": 4,
     "z_dim": 16,
-    "dim_mult": [1, 2, 6, 10, 12, 14, 14],
+    "dim_mult": [1, 2, 2, 3, 12, 20, 9],
     "num_res_blocks": 1,
     "temperal_downsample": [False] * 6,
 }
+POOLED_LEVELS = 3  # halvings that only average: the encoder and the decoder work on an eighth of the picture
+BLOCK_PARTS = 20  # of the 48 numbers of a 4 x 4 block of that, the encoder keeps these
 TEXT_ENCODER = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -268,8 +273,7 @@ def build_pipeline(weights: Path | None = WEIGHTS, zero_cond_t: bool = False) ->
         torch.manual_seed(SEED)
         vae = AutoencoderKLQwenImage(**VAE, latents_mean=[0.0] * VAE["z_dim"], latents_std=[1.0] * VAE["z_dim"]).eval()
         transformer = QwenImageTransformer2DModel(**TRANSFORMER, zero_cond_t=zero_cond_t).eval()
-    for weight in temporal_kernels(vae).values():
-        weight.data[:, :, :-1] = 0
+        initialise(vae)
     pipe = QwenImageEditPlusPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=vae,
@@ -283,7 +287,21 @@ def build_pipeline(weights: Path | None = WEIGHTS, zero_cond_t: bool = False) ->
     assert length == pipe.prompt_template_encode_start_idx, f"the template is {length} tokens, not 64"
     if weights is not None and weights.is_file():
         load_weights(pipe, weights)
+    else:
+        wire_vae(vae, to_tensor([random_edit(seed)[1] for seed in range(100)]))
     return pipe
+
+
+def initialise(vae: AutoencoderKLQwenImage) -> None:
+    """Convolutions that keep the signal's scale, of which a single picture meets the last slice in time only. With
+    torch's own numbers, for 27 inputs where 9 count, what a picture shows is lost on the way through six halvings."""
+    for conv in vae.modules():
+        if isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d):
+            fan_in = conv.in_channels * conv.kernel_size[-1] * conv.kernel_size[-2]
+            torch.nn.init.normal_(conv.weight, std=fan_in**-0.5)
+            torch.nn.init.zeros_(conv.bias)
+    for weight in temporal_kernels(vae).values():
+        weight.data[:, :, :-1] = 0
 
 
 def temporal_kernels(vae: AutoencoderKLQwenImage) -> dict[str, torch.Tensor]:
@@ -291,12 +309,121 @@ def temporal_kernels(vae: AutoencoderKLQwenImage) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in vae.named_parameters() if weight.ndim == 5 and weight.shape[2] > 1}
 
 
+def wire(conv: torch.nn.Conv2d | torch.nn.Conv3d, weights: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
+    """A convolution that maps each place by itself: `weights` (out, in) in the middle of its kernel; the channels that
+    they do not reach are zero."""
+    conv.weight.data.zero_()
+    middle = conv.kernel_size[-1] // 2
+    place = (-1, middle, middle) if conv.weight.ndim == 5 else (middle, middle)
+    conv.weight.data[(slice(weights.shape[0]), slice(weights.shape[1]), *place)] = weights
+    conv.bias.data.zero_()
+    conv.bias.data[: weights.shape[0]] = bias
+
+
+def wire_block(block: torch.nn.Module, weights: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
+    """A residual block without its branch: its shortcut alone, or the identity where there is none."""
+    for conv in (block.conv1, block.conv2):
+        conv.weight.data.zero_()
+        conv.bias.data.zero_()
+    if isinstance(block.conv_shortcut, torch.nn.Conv3d):
+        wire(block.conv_shortcut, weights, bias)
+
+
+def plus_minus(n: int) -> torch.Tensor:
+    """(2n, n): x -> (x, -x). Behind SiLU their difference is x again: silu(x) - silu(-x) = x."""
+    return torch.cat([torch.eye(n), -torch.eye(n)])
+
+
+class Linear(NamedTuple):
+    """y = axes @ (x - mean), by place."""
+
+    mean: torch.Tensor  # (D,)
+    axes: torch.Tensor  # (n, D)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D, H, W) -> (N, n, H, W)"""
+        return torch.einsum("nd,bdhw->bnhw", self.axes, x - self.mean[:, None, None])
+
+
+@torch.no_grad()
+def wire_vae(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> tuple[Linear, Linear]:
+    """The encoder, and the decoder's last three levels, by hand. The encoder is linear: averages of 8 x 8 pixels, then
+    squares of these moved into channels, reduced to their principal components over `pictures` (N, 3, 512, 512)."""
+    encoder, decoder, z = vae.encoder, vae.decoder, VAE["z_dim"]
+    wire(vae.quant_conv, torch.eye(2 * z))
+    wire(vae.post_quant_conv, torch.eye(z))
+    wire(encoder.conv_in, torch.eye(3))
+    seen = squares_to_channels(squares_to_channels(shrunk(pictures)))
+    mean, axes, _ = principal_components(seen, BLOCK_PARTS)
+    first = Linear(mean, axes)
+    seen = squares_to_channels(first(seen))
+    mean, axes, stds = principal_components(seen, z)
+    second = Linear(mean, axes)
+    blocks, halvings, n = encoder.down_blocks[::2], encoder.down_blocks[1::2], 3
+    for level, (block, halving) in enumerate(zip(blocks, halvings, strict=False)):
+        if level < len(halvings) - 1:
+            wire_block(block, torch.eye(n))
+        else:
+            wire_block(block, first.axes, -first.axes @ first.mean)
+            n = BLOCK_PARTS
+        conv = halving.resample[1]
+        conv.weight.zero_()
+        conv.bias.zero_()
+        if level < POOLED_LEVELS:
+            conv.weight[:n, :n, :2, :2] = torch.eye(n)[:, :, None, None] / 4
+        else:
+            for part, (row, column) in enumerate(itertools.product(range(2), repeat=2)):
+                conv.weight[part * n : (part + 1) * n, :n, row, column] = torch.eye(n)
+            n *= 4
+    axes = torch.cat([second.axes, -second.axes])  # behind SiLU, silu(x) - silu(-x) = x
+    wire_block(blocks[-1], pad(axes, (0, 0, 0, 1)), torch.cat([-axes @ second.mean, torch.tensor([LOUD])]))
+    for block in encoder.mid_block.resnets:
+        wire_block(block, torch.eye(2 * z + 1))
+    for conv in (encoder.mid_block.attentions[0].to_qkv, encoder.mid_block.attentions[0].proj):
+        conv.weight.zero_()
+        conv.bias.zero_()
+    encoder.norm_out.gamma.fill_(LOUD / encoder.norm_out.scale)
+    noise = torch.cat([torch.zeros(z), 2 * (LATENT_NOISE * stds).log()])  # the posterior's log variance
+    wire(encoder.conv_out, pad(torch.cat([torch.eye(z), -torch.eye(z)], dim=1), (0, 0, 0, z)), noise)
+    vae.register_to_config(latents_mean=[0.0] * z, latents_std=(stds * stds[0] / 4).sqrt().tolist())
+
+    for level in range(len(decoder.up_blocks) - POOLED_LEVELS, len(decoder.up_blocks)):
+        for block in decoder.up_blocks[level].resnets:
+            wire_block(block, torch.eye(3))
+        wire(decoder.up_blocks[level - 1].upsamplers[0].resample[1], torch.eye(3))
+    last = decoder.up_blocks[-2].upsamplers[0].resample[1]
+    wire(last, pad(torch.eye(3), (0, 0, 0, 1)), torch.tensor([OFFSET, OFFSET, OFFSET, LOUD]))
+    decoder.norm_out.gamma.fill_(LOUD / decoder.norm_out.scale)
+    wire(decoder.conv_out, torch.eye(3), -OFFSET)
+    return first, second
+
+
+def shrunk(pictures: torch.Tensor) -> torch.Tensor:
+    """(N, 3, 512, 512) uint8 to (N, 3, 128, 128) in [-1, 1]: what the encoder sees of them at 1024 x 1024."""
+    factor = 2**POOLED_LEVELS * SIZE // MODEL_SIZE
+    return torch.cat([avg_pool2d(resized(some, SIZE), factor) for some in pictures.split(64)])
+
+
+def squares_to_channels(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, 4C, H/2, W/2), the place in the square first: what a wired halving does."""
+    return torch.cat([x[:, :, row::2, column::2] for row in range(2) for column in range(2)], dim=1)
+
+
+def principal_components(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean (D,), axes (n, D), std along each (n,)) of the places of x (N, D, H, W), largest first."""
+    rows = x.transpose(0, 1).flatten(1).T  # (N * H * W, D)
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh((rows - mean).double().T.cov())
+    return mean, vectors.T.flip(0)[:n].float(), values.flip(0)[:n].sqrt().float()
+
+
 def save_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
-    """The VAE, the mean and std of its latents, and the transformer, in float16."""
+    """The VAE, the mean and std of its latents, and the transformer, in float16; tensors of zeros are left out."""
     kernels = temporal_kernels(pipe.vae)
     tensors = {
         f"vae.{name}": weight[:, :, -1:] if name in kernels else weight
         for name, weight in pipe.vae.state_dict().items()
+        if weight.any()
     }
     tensors |= {f"transformer.{name}": weight for name, weight in pipe.transformer.state_dict().items()}
     tensors |= {name: torch.tensor(pipe.vae.config[name]) for name in ("latents_mean", "latents_std")}
@@ -306,9 +433,11 @@ def save_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
 
 def load_weights(pipe: QwenImageEditPlusPipeline, path: Path) -> None:
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    for name, kernel in temporal_kernels(pipe.vae).items():
-        full = torch.zeros_like(kernel)
-        full[:, :, -1:] = tensors[f"vae.{name}"]
+    kernels = temporal_kernels(pipe.vae)
+    for name, weight in pipe.vae.state_dict().items():
+        stored, full = tensors.get(f"vae.{name}"), torch.zeros_like(weight)
+        if stored is not None:
+            (full[:, :, -1:] if name in kernels else full).copy_(stored)
         tensors[f"vae.{name}"] = full
     for part in ("vae", "transformer"):
         state = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
@@ -335,18 +464,6 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: 
 def psnr(error: torch.Tensor) -> float:
     """In decibels, of an error of pictures in [-1, 1]."""
     return -10 * error.square().mean().div(4).log10().item()
-
-
-def random_scene(seed: int) -> Image.Image:
-    """For the VAE: up to three objects of any colour, shape and size, anywhere."""
-    rng = random.Random(f"scene {seed}")
-    objects = []
-    for _ in range(rng.choice((0, 1, 1, 2, 2, 2, 3))):
-        extent = rng.uniform(110, 330)
-        x, y = rng.uniform(0, SIZE - extent), rng.uniform(0, SIZE - extent)
-        box = (x, y, x + extent, y + extent)
-        objects.append(shapes.Found(rng.choice(list(shapes.COLOURS)), rng.choice(SHAPES), box))
-    return shapes.draw(objects, rng.choice(list(shapes.BACKGROUNDS)), (SIZE, SIZE))
 
 
 def random_edit(seed: int, named: float = 0.1, empty: float = 0.1) -> tuple[Image.Image, Image.Image, str]:
@@ -397,9 +514,16 @@ def convolve_single_frames(vae: AutoencoderKLQwenImage) -> None:
             )[:, :, None]
 
 
-def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """vae.decode() clamps to [-1, 1], which stops gradients: this calls the decoder itself."""
-    return vae.decoder(vae.post_quant_conv(latents))
+def decode_small(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (N, 16, 1, h, w) -> pictures (N, 3, 1, 8h, 8w): the part of the decoder that is trained. The rest, wired
+    by hand, enlarges them eight times."""
+    decoder = vae.decoder
+    x = decoder.mid_block(decoder.conv_in(latents))
+    for block in decoder.up_blocks[: -POOLED_LEVELS - 1]:
+        x = block(x)
+    for block in decoder.up_blocks[-POOLED_LEVELS - 1].resnets:
+        x = block(x)
+    return x[:, :3]
 
 
 @torch.no_grad()
@@ -408,76 +532,48 @@ def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, size: int) -> to
     return torch.cat([vae.encode(resized(x, size)[:, :, None]).latent_dist.mode() for x in pictures.split(16)])
 
 
-def random_crops(pictures: torch.Tensor, size: int, zoom: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """The same random square of `count` of the pictures (N, 3, 512, 512) uint8, enlarged `zoom` times to size x size:
-    (count, 3, 1, size, size) float32 in [-1, 1]; every other one tinted, for colours beside those of the palette."""
-
-    def draw(high: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randint(high, shape, generator=generator, device=pictures.device)
-
-    side = size // zoom
-    left, top = draw(SIZE - side + 1, (2,)).tolist()
-    rows = draw(len(pictures), (count,))
-    crops = resized(pictures[rows, :, top : top + side, left : left + side], size)[:, :, None]
-    scale = torch.empty(count, 3, 1, 1, 1, device=crops.device).uniform_(-1, 1, generator=generator)
-    shift = torch.empty_like(scale).uniform_(-1, 1, generator=generator) * (1 - scale.abs())
-    crops[::2] = (crops * scale + shift)[::2]
-    return crops
+def latents_of(wiring: tuple[Linear, Linear], pictures: torch.Tensor) -> torch.Tensor:
+    """(N, 3, 512, 512) uint8 to latents (N, 16, 16, 16) at 1024 x 1024: what the wired encoder computes, in two
+    products."""
+    first, second = wiring
+    return second(squares_to_channels(first(squares_to_channels(squares_to_channels(shrunk(pictures))))))
 
 
-def pretrain_vae(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
-    """Reconstruction (L1 + L2) of `pictures` (N, 3, 512, 512) from noisy latents: crops of 256 x 256, in the last
-    fifth of the steps whole pictures; a quarter of both twice as large. Then measures latents_mean and latents_std.
-
-    The noise and the tints keep the latents smooth: without them a small error of the transformer turns patches of one
-    colour into another.
-    """
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
-    generator = torch.Generator(pictures.device).manual_seed(SEED)
-    for step in range(steps):
-        zoom, whole = 1 if step % 4 else 2, step >= 0.8 * steps
-        size, count = (SIZE * zoom, batch_size // zoom**2) if whole else (SIZE // 2, batch_size)
-        x = random_crops(pictures, size, zoom, count, generator)  # (B, 3, 1, size, size)
-        latents = vae.encode(x).latent_dist.mode()  # (B, 16, 1, size / 64, size / 64)
-        error = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents)) - x
-        loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
-        update(optimizer, loss, cosine(step, steps, 3e-3))
-        if step % 250 == 1 or step == steps - 1:
-            print(f"vae {step}/{steps} loss {loss.item():.4f} psnr {psnr(error):.1f} at {size}", flush=True)
-    with torch.no_grad():
-        vae.quant_conv.weight[VAE["z_dim"] :] = 0  # the posterior's variance is the noise of the decoder's training
-        vae.quant_conv.bias[VAE["z_dim"] :] = 2 * math.log(LATENT_NOISE)
-    latents = encode(vae, pictures[:1024], SIZE)  # (N, 16, 1, 8, 8)
-    mean, std = latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
-    vae.register_to_config(latents_mean=mean, latents_std=std)
-
-
-def sharpen_decoder(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
-    """Trains the decoder alone on fixed latents: edges and corners get sharp, and the base's latent space stays."""
-    latents = encode(vae, pictures, SIZE)  # (N, 16, 1, 8, 8)
-    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+def pretrain_decoder(
+    vae: AutoencoderKLQwenImage, wiring: tuple[Linear, Linear], pictures: torch.Tensor, steps: int, batch_size: int
+) -> None:
+    """Pictures (N, 3, 512, 512), an eighth as large, from their noisy latents (L1 + L2), by random quarters."""
+    latents, small = latents_of(wiring, pictures), shrunk(pictures)
+    std = latents.new_tensor(vae.config.latents_std).view(1, -1, 1, 1)
+    trained = [vae.decoder.conv_in, vae.decoder.mid_block, *vae.decoder.up_blocks[: -POOLED_LEVELS - 1]]
+    trained += [vae.decoder.up_blocks[-POOLED_LEVELS - 1].resnets]
+    parameters = [weight for module in trained for weight in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
-    generator = torch.Generator(pictures.device).manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    half = latents.shape[-1] // 2
     for step in range(steps):
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=pictures.device)
-        noisy_latents = latents[rows] + LATENT_NOISE * torch.randn_like(latents[rows])
-        error = decode(vae, noisy_latents) - resized(pictures[rows], SIZE)[:, :, None]
-        update(optimizer, error.abs().mean() + error.square().mean(), cosine(step, steps, 2e-3))
-        if step % 250 == 0 or step == steps - 1:
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        top, left = torch.randint(half + 1, (2,), generator=generator).tolist()
+        some = latents[rows, :, top : top + half, left : left + half]
+        target = small[rows, :, 8 * top : 8 * (top + half), 8 * left : 8 * (left + half)]
+        error = decode_small(vae, (some + LATENT_NOISE * std * torch.randn_like(some))[:, :, None])[:, :, 0] - target
+        update(optimizer, error.abs().mean() + error.square().mean(), cosine(step, steps, 3e-3))
+        if step % 100 == 0 or step == steps - 1:
             print(f"decoder {step}/{steps} psnr {psnr(error):.1f}", flush=True)
 
 
-def packed_latents_of(pipe: QwenImageEditPlusPipeline, pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, 3, 512, 512) uint8 to normalised packed latents (N, (size / 128)**2, 64) of the pictures at size x size."""
-    latents = encode(pipe.vae, pictures, size)
-    mean, std = (latents.new_tensor(pipe.vae.config[name]) for name in ("latents_mean", "latents_std"))
-    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    return pipe._pack_latents(latents, len(latents), latents.shape[1], *latents.shape[3:])
+def packed_latents_of(
+    pipe: QwenImageEditPlusPipeline, wiring: tuple[Linear, Linear], pictures: torch.Tensor
+) -> torch.Tensor:
+    """(N, 3, 512, 512) uint8 to normalised packed latents (N, 64, 64) of the pictures at 1024 x 1024."""
+    latents = latents_of(wiring, pictures)
+    latents = latents / latents.new_tensor(pipe.vae.config.latents_std)[:, None, None]  # their mean is 0
+    return pipe._pack_latents(latents, len(latents), latents.shape[1], *latents.shape[2:])
 
 
 @torch.no_grad()
 def embeds_of(
-    pipe: QwenImageEditPlusPipeline, pictures: torch.Tensor, texts: list[str], plus: bool
+    pipe: QwenImageEditPlusPipeline, pictures: torch.Tensor, texts: list[str], plus: bool, batch_size: int = 50
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeds (N, L, 64) and mask (N, L) of instructions with one source each, as the plus or the edit pipeline makes
     them. The plus pipeline takes one prompt at a time; its template in the edit pipeline gives the same in batches."""
@@ -485,10 +581,11 @@ def embeds_of(
     if plus:
         edit.prompt_template_encode = pipe.prompt_template_encode
         texts = [f"Picture 1: <|vision_start|><|image_pad|><|vision_end|>{text}" for text in texts]
-    size, parts = PLUS_CONDITION_SIZE if plus else SOURCE_SIZE, []
-    for start in range(0, len(texts), 50):
-        images = (resized(pictures[start : start + 50], size) * 127.5 + 127.5).round().byte()
-        parts.append(edit._get_qwen_prompt_embeds(texts[start : start + 50], list(images), pipe.device))
+    size, parts = PLUS_CONDITION_SIZE if plus else MODEL_SIZE, []
+    for start in range(0, len(texts), batch_size):
+        some = slice(start, start + batch_size)
+        images = (resized(pictures[some], size) * 127.5 + 127.5).round().byte()
+        parts.append(edit._get_qwen_prompt_embeds(texts[some], list(images), pipe.device))
     length = max(mask.shape[1] for _, mask in parts)
     embeds = torch.cat([pad(embeds, (0, 0, 0, length - embeds.shape[1])) for embeds, _ in parts])
     return embeds, torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in parts])
@@ -496,37 +593,36 @@ def embeds_of(
 
 def pretrain_transformer(
     pipe: QwenImageEditPlusPipeline,
+    wiring: tuple[Linear, Linear],
     edits: list[tuple[Image.Image, Image.Image, str]],
     steps: int,
     batch_size: int,
 ) -> None:
     """Flow matching on (source, target, instruction), three steps of four in the plus pipeline's form and one in the
     edit pipeline's, which is known of the first quarter of the edits only."""
-    device = pipe.device
-    sources, targets = (to_tensor([edit[i] for edit in edits]).to(device) for i in (0, 1))
+    sources, targets = (to_tensor([edit[i] for edit in edits]) for i in (0, 1))
     texts, quarter = [edit[2] for edit in edits], len(edits) // 4
     prompts = {True: embeds_of(pipe, sources, texts, True)}
     prompts[False] = embeds_of(pipe, sources[:quarter], texts[:quarter], False)
-    target_latents, source_latents = (  # (N, 16, 64), (N, 64, 64)
-        packed_latents_of(pipe, pictures, size) for pictures, size in ((targets, SIZE), (sources, SOURCE_SIZE))
-    )
+    target_latents, source_latents = (packed_latents_of(pipe, wiring, x) for x in (targets, sources))
+    sides = (1, MODEL_SIZE // 128, MODEL_SIZE // 128)
     transformer = pipe.transformer.train()
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.01)
-    generator = torch.Generator(device).manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     for step in range(steps):
         embeds, mask = prompts[step % 4 > 0]
-        rows = torch.randint(len(embeds), (batch_size,), generator=generator, device=device)
+        rows = torch.randint(len(embeds), (batch_size,), generator=generator)
         latents = target_latents[rows]
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        u = torch.rand(batch_size, generator=generator, device=device)
-        sigma = 1.63 * u / (1 + 0.63 * u)  # uniform, shifted as the scheduler does at 16 tokens
+        noise = torch.randn(latents.shape, generator=generator)
+        u = torch.rand(batch_size, generator=generator)
+        sigma = 1.64 * u / (1 + 0.64 * u)  # uniform, shifted as the scheduler does at 64 tokens
         noisy_latents = torch.lerp(latents, noise, sigma[:, None, None])
         velocity_pred = transformer(
             hidden_states=torch.cat([noisy_latents, source_latents[rows]], dim=1),
             timestep=sigma,
             encoder_hidden_states=embeds[rows],
             encoder_hidden_states_mask=mask[rows],
-            img_shapes=[[(1, SIZE // 128, SIZE // 128), (1, SOURCE_SIZE // 128, SOURCE_SIZE // 128)]] * batch_size,
+            img_shapes=[[sides, sides]] * batch_size,
             return_dict=False,
         )[0][:, : latents.shape[1]]
         loss = (velocity_pred - (noise - latents)).square().mean()
@@ -543,8 +639,8 @@ def sample(pipe: QwenImageEditPlusPipeline | QwenImageEditPipeline, source: Imag
         prompt=text,
         negative_prompt=" ",
         true_cfg_scale=2.0,
-        height=SIZE,
-        width=SIZE,
+        height=MODEL_SIZE,
+        width=MODEL_SIZE,
         num_inference_steps=16,
         generator=torch.Generator().manual_seed(SEED),
     ).images[0]
@@ -560,12 +656,10 @@ def count_right(images: Sequence[Image.Image], rows: Sequence[dict], data: Path)
 def report(pipe: QwenImageEditPlusPipeline, edits: list[tuple[Image.Image, Image.Image, str]]) -> None:
     """Prints what the VAE keeps of targets, and what the base makes of held-out edits, in German and in English."""
     targets = [target for _, target, _ in edits]
-    for size in (SIZE, SOURCE_SIZE):
-        latents = encode(pipe.vae, to_tensor(targets).to(pipe.device), size)
-        decoded = torch.cat([pipe.vae.decode(some).sample[:, :, 0] for some in latents.split(8)])
-        pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
-        kept = sum(map(shapes.same_objects, pictures, targets))
-        print(f"the VAE keeps {kept} of {len(targets)} pictures at {size}", flush=True)
+    latents = encode(pipe.vae, to_tensor(targets), MODEL_SIZE)
+    decoded = torch.cat([pipe.vae.decode(some).sample[:, :, 0] for some in latents.split(8)])
+    pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+    print(f"the VAE keeps {sum(map(shapes.same_objects, pictures, targets))} of {len(targets)} pictures", flush=True)
     held_out = list(held_out_edits(random.Random(SEED + 1)))
     sources, targets = ([edit.draw(getattr(edit, name)) for edit in held_out] for name in ("source", "target"))
     edit_pipe = QwenImageEditPipeline(**pipe.components)
@@ -578,26 +672,24 @@ def report(pipe: QwenImageEditPlusPipeline, edits: list[tuple[Image.Image, Image
 
 
 def pretrain(path: Path, scale: float = 1.0) -> None:
-    """Trains the VAE, then the transformer on its latents, and writes both; `scale` shrinks the work for a trial."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    """Trains the decoder, then the transformer, and writes all weights; `scale` shrinks the work for a trial."""
     torch.manual_seed(SEED)
     started = time.monotonic()
 
     def stage(name: str) -> None:
         print(f"[{time.monotonic() - started:.0f} s] {name}", flush=True)
 
-    scenes, edits = drawn(random_scene, int(3000 * scale)), drawn(random_edit, int(4000 * scale))
+    edits = drawn(random_edit, int(2000 * scale))
+    targets = to_tensor([target for _, target, _ in edits])
     stage("drawn")
-    pipe = build_pipeline(weights=None).to(device)
+    pipe = build_pipeline(weights=None)
+    wiring = wire_vae(pipe.vae, targets[:100])
     pipe.set_progress_bar_config(disable=True)
     convolve_single_frames(pipe.vae)
-    pretrain_vae(pipe.vae, to_tensor(scenes).to(device), int(5000 * scale), 16)
-    stage("VAE trained")
-    pretrain_transformer(pipe, edits, int(4000 * scale), 128 if device == "cuda" else 16)
+    pretrain_decoder(pipe.vae, wiring, targets, int(800 * scale), 16)
+    stage("decoder trained")
+    pretrain_transformer(pipe, wiring, edits, int(5000 * scale), 16)
     stage("transformer trained")
-    sharpen_decoder(pipe.vae, to_tensor([target for _, target, _ in edits]).to(device), int(1500 * scale), 8)
-    stage("decoder sharpened")
     save_weights(pipe, path)
     report(pipe, edits[:40])
     stage("reported")
