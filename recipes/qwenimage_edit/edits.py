@@ -24,6 +24,7 @@ from video import count_frames, read_frame
 from common import flow_matching as fm
 from common.cache import EmbeddingCache
 from common.data import MicroBatchSampler
+from common.images import resize_and_crop
 from common.manifest import Record, load_image, read_bytes
 
 PIPELINES = {"qwen_image_edit": QwenImageEditPipeline, "qwen_image_edit_plus": QwenImageEditPlusPipeline}
@@ -88,6 +89,13 @@ def size_at(cfg, bucket: tuple[int, int], step: int, multiple: int) -> tuple[int
     return width, height
 
 
+def fit_target(cfg, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The target at its size: cut at the centre, or with enable_bucket all of it, its aspect off by the rounding."""
+    if not cfg.enable_bucket:
+        return resize_and_crop(image, size)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
 # ---- views
 
 
@@ -146,6 +154,12 @@ class Picture(NamedTuple):
     record: Record
     which: int | None  # source; None is the target
     frame: int  # of a video
+
+    def identity(self) -> tuple:
+        """Equal for pictures that are encoded alike: the same file and frame in the same role at the same size."""
+        sources = self.record.source_file_path
+        path = self.record.file_path if self.which is None else sources[self.which]
+        return self.size, path, self.frame, self.which is None
 
     def load(self, train_data_dir: str) -> Image.Image:
         """RGB, as large as it is."""

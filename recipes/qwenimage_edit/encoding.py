@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from edits import CONDITION_PIXELS, EMPTY, PIPELINES, Picture, Rows, Shown, View, draws, source_size
+from edits import CONDITION_PIXELS, EMPTY, PIPELINES, Picture, Rows, Shown, View, draws, fit_target, source_size
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from common.cache import EmbeddingCache
 from common.data import Place
 from common.folders import folder_fingerprint
-from common.images import image_to_tensor, resize_and_crop
+from common.images import image_to_tensor
 from common.manifest import Record
 from common.runtime import Run, on_main
 
@@ -27,7 +27,7 @@ class Encoders:
     """The frozen VAE and text encoder, loaded plainly (never sharded), used before training and then dropped."""
 
     def __init__(self, cfg, folder: Path, device: torch.device):
-        self.device, self.train_mode = device, cfg.train_mode
+        self.cfg, self.device = cfg, device
         dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
         self.vae = load_vae(folder, device, torch.float32)
         text_encoder = (
@@ -46,23 +46,27 @@ class Encoders:
     def prompt(self, text: str, sources: list[Image.Image]) -> dict[str, Tensor]:
         """prompt_embeds (L, D): the instruction and the sources in the pipeline's own template, at the size that the
         pipeline gives the text encoder, its 64 template tokens dropped, unpadded."""
-        sizes = [source_size(image.size, CONDITION_PIXELS[self.train_mode]) for image in sources]  # (width, height)
+        sizes = [
+            source_size(image.size, CONDITION_PIXELS[self.cfg.train_mode]) for image in sources
+        ]  # (width, height)
         images = [
             self.pipeline.image_processor.resize(image, height, width)
             for image, (width, height) in zip(sources, sizes, strict=True)
         ]
         prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompt=[text], image=images if self.train_mode == "qwen_image_edit_plus" else images[0], device=self.device
+            prompt=[text],
+            image=images if self.cfg.train_mode == "qwen_image_edit_plus" else images[0],
+            device=self.device,
         )
         return {"prompt_embeds": prompt_embeds[0].cpu()}
 
     def pixels(self, picture: Picture, train_data_dir: str) -> Tensor:
-        """(3, H, W) in [-1, 1]: a target cut to its size, or a source as the pipeline gives it to the VAE."""
+        """(3, H, W) in [-1, 1]: a target at its size, or a source as the pipeline gives it to the VAE."""
         image = picture.load(train_data_dir)
         if picture.which is None:
-            return image_to_tensor(resize_and_crop(image, picture.size))
+            return image_to_tensor(fit_target(self.cfg, image, picture.size))
         width, height = picture.size
-        if self.train_mode == "qwen_image_edit":
+        if self.cfg.train_mode == "qwen_image_edit":
             image = self.pipeline.image_processor.resize(image, height, width)
         return self.pipeline.image_processor.preprocess(image, height, width)[0]
 
@@ -97,6 +101,7 @@ def open_cache(cfg, run: Run, folder: Path) -> EmbeddingCache:
         "model": on_main(run, lambda: {part: folder_fingerprint(folder / part) for part in parts}),
         "train_mode": cfg.train_mode,
         "latents": "moments" if cfg.cache_moments else "mode",
+        "target": "whole" if cfg.enable_bucket else "cut",
         "precision": cfg.mixed_precision,
     }
     return EmbeddingCache(cfg.cache_dir or Path(cfg.output_dir) / "embedding_cache", fingerprint, run.rank)
@@ -154,9 +159,7 @@ class ToEncode:
     """(instruction, its sources)"""
 
 
-def what_to_encode(
-    cfg, cache: EmbeddingCache, parts: list[tuple[Rows, set[View]]], shown: list[Shown]
-) -> ToEncode:
+def what_to_encode(cfg, cache: EmbeddingCache, parts: list[tuple[Rows, set[View]]], shown: list[Shown]) -> ToEncode:
     """Targets, sources and prompts of rows as they will be seen, and the prompts that validation draws. The empty
     prompt has the sources in it, so that every row has its own."""
     wanted = ToEncode()
@@ -176,11 +179,15 @@ def what_to_encode(
     return wanted
 
 
-def batches_of_one_size(keys: list[str], pictures: dict[str, Picture], batch_size: int) -> list[list[str]]:
-    """The keys in lists of at most batch_size, all pictures of a list of one size."""
+def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[list[list[str]]]:
+    """Batches of at most batch_size pictures of one size; for each picture the keys that ask for it. Rows that share a
+    source ask for the same one."""
+    keys_of = defaultdict(list)
+    for key, picture in pictures.items():
+        keys_of[picture.identity()].append(key)
     by_size = defaultdict(list)
-    for key in keys:
-        by_size[pictures[key].size].append(key)
+    for keys in keys_of.values():
+        by_size[pictures[keys[0]].size].append(keys)
     return [same[at : at + batch_size] for same in by_size.values() for at in range(0, len(same), batch_size)]
 
 
@@ -189,12 +196,13 @@ def encode(cfg, run: Run, folder: Path, cache: EmbeddingCache, wanted: ToEncode)
     missing = on_main(run, cache.missing, [*wanted.pictures, *wanted.prompts])
     if missing:
         encoders = Encoders(cfg, folder, run.device)
-        pictures = [key for key in missing if key in wanted.pictures]
-        batches = batches_of_one_size(pictures, wanted.pictures, cfg.vae_mini_batch)
-        for keys in run.progress(batches[run.rank :: run.world_size], "encode pictures"):
-            pixels = [encoders.pixels(wanted.pictures[key], cfg.train_data_dir) for key in keys]
-            for key, tensors in zip(keys, encoders.latents(pixels, cfg.cache_moments), strict=True):
-                cache.add(key, tensors)
+        pictures = {key: wanted.pictures[key] for key in missing if key in wanted.pictures}
+        batches = batches_of_one_size(pictures, cfg.vae_mini_batch)
+        for batch in run.progress(batches[run.rank :: run.world_size], "encode pictures"):
+            pixels = [encoders.pixels(pictures[keys[0]], cfg.train_data_dir) for keys in batch]
+            for keys, tensors in zip(batch, encoders.latents(pixels, cfg.cache_moments), strict=True):
+                for key in keys:
+                    cache.add(key, tensors)
         prompts = [key for key in missing if key in wanted.prompts]
         for key in run.progress(prompts[run.rank :: run.world_size], "encode instructions"):
             text, sources = wanted.prompts[key]
@@ -206,5 +214,3 @@ def encode(cfg, run: Run, folder: Path, cache: EmbeddingCache, wanted: ToEncode)
     cache.flush()
     run.barrier()
     cache.reload()
-
-

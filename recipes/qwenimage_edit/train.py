@@ -4,8 +4,8 @@ or LoRA. Read it top to bottom.
     bash run.sh                                           the tiny model and drawn edits, on any machine
     bash run.sh full --train_data_dir /data/mine          the real model, on the machine that configs/full.yaml names
 
-Order: Config, data, load_models, compute_loss, validate, save and export, main with the loop. Beside it: edits.py (rows
-and sizes), encoding.py (latents and prompts, cached), video.py (frames), adapters.py (what trains, LoRA).
+Order: Config, data, load_models, compute_loss, validate, save and export, main with the loop. Beside it: edits.py
+(rows and sizes), encoding.py (latents and prompts, cached), video.py (frames), adapters.py (what trains, LoRA).
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from edits import (
     Rows,
     Shown,
     draws,
+    fit_target,
     frames_of,
     row_problem,
     shown_row,
@@ -49,7 +50,7 @@ from common.config import changed_settings, parse_config, save_config
 from common.data import MicroBatchSampler, Place, data_digest, describe_buckets, make_loader
 from common.export import export_weights
 from common.folders import model_folder, read_prompts, resolve_paths
-from common.images import check_image, decode_image, resize_and_crop
+from common.images import check_image, decode_image
 from common.limits import check_disk, check_memory, explained_errors
 from common.manifest import Record, check_records, hold_out, load_manifest
 from common.metrics import Meter, append_row, print_benchmark, save_grid, write_environment
@@ -615,7 +616,7 @@ def draw_validation_images(run: Run, cfg: Config, models: Models, folder: Path) 
             for number, source in enumerate(edit.sources):
                 source.resize(source_size(source.size)).save(folder / f"{index:03d}_source_{number}.png")
             if edit.target:
-                resize_and_crop(edit.target, (width, height)).save(folder / f"{index:03d}_target.png")
+                fit_target(cfg, edit.target, (width, height)).save(folder / f"{index:03d}_target.png")
             (folder / f"{index:03d}.txt").write_text(edit.text + "\n")
     run.barrier()
     if run.is_main and models.shown:
