@@ -18,7 +18,7 @@ from typing import Literal
 
 RECIPE = Path(__file__).resolve().parent
 REPOSITORY = next(folder for folder in RECIPE.parents if (folder / "common").is_dir())
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(RECIPE), str(REPOSITORY)]
 
 import torch
 from accelerate import init_empty_weights
