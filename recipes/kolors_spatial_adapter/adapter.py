@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -70,6 +71,7 @@ def fourier_features(values: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+@lru_cache(maxsize=64)
 def pixel_positions(height: int, width: int, device: torch.device) -> dict[int, Tensor]:
     """{h * w: (h * w, 4 * FREQUENCIES)} features of each pixel's centre (x, y), for latents of this size and its
     halves, as deep as a UNet may go."""

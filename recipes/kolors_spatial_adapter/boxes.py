@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 Box = tuple[float, float, float, float]
+BOX_COLOURS = ("magenta", "darkorange", "deepskyblue", "limegreen", "gold", "black")
 KEPT_SHARE = 0.2  # of an object's area that a crop must leave for the object to stay
 
 
@@ -92,3 +94,17 @@ def coverage(boxes: Tensor, height: int, width: int) -> Tensor:
 
     x1, y1, x2, y2 = boxes.float().unbind(-1)
     return overlap(y1, y2, height)[..., :, None] * overlap(x1, x2, width)[..., None, :]
+
+
+def show_boxes(image: Image.Image, objects: Sequence[dict]) -> Image.Image:
+    """A copy of the picture with each object's box and, where there is room, its phrase."""
+    shown = image.convert("RGB")
+    pen = ImageDraw.Draw(shown)
+    for number, item in enumerate(objects):
+        x1, y1, x2, y2 = item["bbox"]
+        box = x1 * image.width, y1 * image.height, x2 * image.width - 1, y2 * image.height - 1
+        colour = BOX_COLOURS[number % len(BOX_COLOURS)]
+        pen.rectangle(box, outline=colour, width=max(1, image.width // 256))
+        if image.width >= 256:
+            pen.text((box[0] + 4, box[1] + 2), item["phrase"], fill=colour)
+    return shown
