@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 EXTENT = (15, 30)  # pixels, of a box's sides
 N_TRAIN, N_HELD_OUT = 600, 24
+LATENT_NOISE = 0.2
 
 # what is one token each, most frequent first: the captions' words
 WORDS = ["a", "and", ",", "on", "background", *shapes.BACKGROUNDS, *shapes.SHAPES, *shapes.COLOURS]
@@ -61,7 +63,7 @@ SCHEDULER = {
     "use_karras_sigmas": False,
 }
 VAE = {
-    "block_out_channels": (16, 32, 48),
+    "block_out_channels": (16, 24, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "latent_channels": 4,
@@ -83,12 +85,12 @@ TEXT_ENCODER = {
 }
 UNET = {
     "sample_size": SIZE // 4,
-    "block_out_channels": (32, 64, 96),
+    "block_out_channels": (32, 64, 64),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
     "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (1, 2, 3),  # in this class's configuration the number of heads, each 32 wide
+    "attention_head_dim": (1, 2, 2),  # in this class's configuration the number of heads, each 32 wide
     "cross_attention_dim": 48,
     "encoder_hid_dim": TEXT_ENCODER["hidden_size"],
     "encoder_hid_dim_type": "text_proj",
@@ -235,6 +237,189 @@ def load_weights(pipe: KolorsPipeline, path: Path) -> None:
     pipe.vae.register_to_config(scaling_factor=tensors["scaling_factor"].item())
 
 
+# ---- pretraining ----
+
+
+def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """PIL pictures to (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cosine(step: int, steps: int, peak: float) -> float:
+    return peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def batches(n: int, batch_size: int, steps: int, device: str) -> Iterator[tuple[int, torch.Tensor]]:
+    generator = torch.Generator(device).manual_seed(SEED)
+    for step in range(steps):
+        yield step, torch.randint(n, (batch_size,), generator=generator, device=device)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+    """One optimizer step, its gradient norm clipped to 1."""
+    loss.backward()
+    optimizer.param_groups[0]["lr"] = learning_rate
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def adamw(parameters: Iterator[torch.nn.Parameter], device: str) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99), fused=device == "cuda")
+
+
+def psnr(error: torch.Tensor) -> float:
+    """In decibels, of an error of pictures in [-1, 1]."""
+    return -10 * error.square().mean().div(4).log10().item()
+
+
+def random_scene(rng: random.Random) -> Image.Image:
+    """For the VAE: up to three objects of any colour, shape and size, anywhere."""
+    objects = []
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
+        width, height = draw_extent(rng)
+        x, y = rng.uniform(0, SIZE - width), rng.uniform(0, SIZE - height)
+        box = (x, y, x + width, y + height)
+        objects.append(shapes.Found(rng.choice(list(shapes.COLOURS)), rng.choice(shapes.SHAPES), box))
+    return shapes.draw(objects, rng.choice(list(shapes.BACKGROUNDS)), (SIZE, SIZE))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1] to latents (N, 4, H/4, W/4), the posterior's mode, not scaled."""
+    return torch.cat([vae.encode(x).latent_dist.mode() for x in pictures.split(256)])
+
+
+def pretrain_vae(vae: AutoencoderKL, steps: int, n_pictures: int, batch_size: int, device: str) -> None:
+    """Reconstruction (L1 + L2) of random scenes from noisy latents; then measures the scaling factor.
+
+    The noise, and pictures of any colour beside those of the palette, keep the latents smooth, so that a small error
+    of the UNet is a small error of the picture.
+    """
+    rng = random.Random(SEED)
+    pictures = to_tensor([random_scene(rng) for _ in range(n_pictures)]).to(device)  # (N, 3, 64, 64)
+    vae.train().to(device)
+    optimizer = adamw(vae.parameters(), device)
+    for step, rows in batches(n_pictures, batch_size, steps, device):
+        x = pictures[rows]
+        scale = torch.empty(batch_size, 3, 1, 1, device=device).uniform_(-1, 1)
+        shift = torch.empty_like(scale).uniform_(-1, 1) * (1 - scale.abs())
+        x[::2] = (x * scale + shift)[::2]
+        latents = vae.encode(x).latent_dist.mode()  # (B, 4, 16, 16)
+        error = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample - x
+        loss = error.abs().mean() + error.square().mean() + 1e-2 * latents.square().mean()
+        update(optimizer, loss, cosine(step, steps, 3e-3))
+        if step % 250 == 0:
+            print(f"vae {step}/{steps} loss {loss.item():.4f} psnr {psnr(error):.1f}", flush=True)
+    vae.eval()
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0  # the posterior's variance is the noise that the decoder was trained with
+        vae.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
+    latents = encode(vae, pictures[:1024])
+    print(f"latents: mean {latents.mean((0, 2, 3)).tolist()}, std {latents.std((0, 2, 3)).tolist()}", flush=True)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+
+
+def sharpen_decoder(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, batch_size: int, device: str) -> None:
+    """Trains the decoder alone on fixed latents: edges and corners get sharp, and the base's latent space stays."""
+    latents = encode(vae, pictures)  # (N, 4, 16, 16)
+    optimizer = adamw([*vae.decoder.parameters(), *vae.post_quant_conv.parameters()], device)
+    for step, rows in batches(len(pictures), batch_size, steps, device):
+        noisy_latents = latents[rows] + LATENT_NOISE * torch.randn_like(latents[rows])
+        error = vae.decode(noisy_latents).sample - pictures[rows]
+        loss = error.abs().mean() + error.square().mean()
+        update(optimizer, loss, cosine(step, steps, 2e-3))
+        if step % 250 == 0:
+            print(f"decoder {step}/{steps} loss {loss.item():.4f} psnr {psnr(error):.1f}", flush=True)
+
+
+def pretrain_unet(
+    pipe: KolorsPipeline, pictures: torch.Tensor, texts: list[str], steps: int, batch_size: int, device: str
+) -> None:
+    """Predicts the noise of drawn layouts from their captions, a tenth of them empty, in the scheduler's own mixture.
+
+    pictures: (N, 3, 64, 64) in [-1, 1] on the device.
+    """
+    latents = encode(pipe.vae, pictures) * pipe.vae.config.scaling_factor  # (N, 4, 16, 16)
+    unique = ["", *sorted(set(texts))]
+    place = {text: number for number, text in enumerate(unique)}
+    text_rows = torch.tensor([place[text] for text in texts], device=device)
+    encoded = [encode_texts(pipe, unique[start : start + 64]) for start in range(0, len(unique), 64)]
+    prompt_embeds, pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # (U, 256, 48), (U, 48)
+    time_ids = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=device).float().expand(batch_size, 6)
+    alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # (1100,)
+    optimizer = adamw(pipe.unet.train().parameters(), device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    for step, rows in batches(len(latents), batch_size, steps, device):
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator, device=device)
+        timestep = torch.randint(len(alphas_cumprod), (batch_size,), generator=generator, device=device)
+        alpha = alphas_cumprod[timestep][:, None, None, None]
+        kept = torch.rand(batch_size, generator=generator, device=device) >= 0.1
+        text = text_rows[rows] * kept  # row 0 is the empty caption
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            noise_pred = pipe.unet(
+                alpha.sqrt() * latents[rows] + (1 - alpha).sqrt() * noise,
+                timestep,
+                encoder_hidden_states=prompt_embeds[text],
+                added_cond_kwargs={"text_embeds": pooled[text], "time_ids": time_ids},
+            ).sample
+        loss = (noise_pred.float() - noise).square().mean()
+        update(optimizer, loss, cosine(step, steps, 2e-3))
+        if step % 250 == 0:
+            print(f"unet {step}/{steps} loss {loss.item():.4f}", flush=True)
+    pipe.unet.eval()
+
+
+@torch.no_grad()
+def encode_texts(pipe: KolorsPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 256, 48) and (N, 48), as the pipeline encodes prompts."""
+    prompt_embeds, _, pooled, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
+    return prompt_embeds, pooled
+
+
+def sample(pipe: KolorsPipeline, prompts: list[str], guidance_scale: float = 3.0) -> list[Image.Image]:
+    """What the unmodified pipeline draws, one seed a prompt."""
+    return pipe(
+        prompts,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=INFERENCE_STEPS,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+    ).images
+
+
+def shows(picture: Image.Image, objects: list[dict]) -> bool:
+    """True when the picture holds exactly the objects of a layout's row, wherever they are."""
+    found = sorted(f"{item.colour} {item.shape}" for item in shapes.find_shapes(picture))
+    return found == sorted(item["phrase"] for item in objects)
+
+
+def pretrain(path: Path, scale: float = 1.0) -> None:
+    """Trains the VAE, then the UNet on its latents, and writes both; `scale` shrinks the work for a trial."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(SEED)
+    start = time.perf_counter()
+    pipe = build_pipeline(weights=None).to(device)
+    pretrain_vae(pipe.vae, int(4000 * scale), int(16000 * scale), 64, device)
+    print(f"{time.perf_counter() - start:.0f} s: the VAE", flush=True)
+    rng = random.Random(SEED + 1)
+    pictures, rows = zip(*(draw_layout(rng) for _ in range(int(32000 * scale))), strict=True)
+    pictures = to_tensor(pictures).to(device)
+    sharpen_decoder(pipe.vae, pictures, int(2000 * scale), 64, device)
+    print(f"{time.perf_counter() - start:.0f} s: its decoder", flush=True)
+    pretrain_unet(pipe, pictures, [row["text"] for row in rows], int(6000 * scale), 256, device)
+    print(f"{time.perf_counter() - start:.0f} s: the UNet", flush=True)
+    save_weights(pipe, path)
+    pipe.set_progress_bar_config(disable=True)
+    layouts = [draw_layout(rng)[1] for _ in range(min(48, int(48 * scale) + 2))]
+    for guidance_scale in (1.0, 2.0, 3.0, 5.0):
+        drawn = sample(pipe, [row["text"] for row in layouts], guidance_scale)
+        right = sum(shows(picture, row["objects"]) for picture, row in zip(drawn, layouts, strict=True))
+        print(f"the base draws {right} of {len(layouts)} captions at guidance {guidance_scale}", flush=True)
+
+
 # ---- the command ----
 
 
@@ -264,7 +449,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="where model/ and data/ go")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the file of weights, written and read")
+    parser.add_argument("--pretrain", action="store_true", help="train the VAE and the base, write the weights")
+    parser.add_argument("--pretrain_scale", type=float, default=1.0, help="share of the work to do, for a trial")
     args = parser.parse_args()
+    if not (args.pretrain or args.output_dir):
+        parser.error("nothing to do: give --output_dir DIR, or --pretrain")
+    if args.pretrain:
+        pretrain(args.weights, args.pretrain_scale)
     if args.output_dir:
         written = make(args.output_dir, args.weights)
         print(f"tiny model and data {'written to' if written else 'up to date in'} {args.output_dir}")
