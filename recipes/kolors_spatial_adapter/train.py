@@ -271,7 +271,7 @@ class Config:
         names = self.modes.split(",")
         if not set(names) <= set(MODES) or len(names) != len(set(names)) or "generation" not in names:
             raise ValueError(
-                f"modes is {self.modes!r}; expected generation, alone or with captioning and retrieval, joined by commas"
+                f"modes is {self.modes!r}; expected generation, alone or joined by commas with captioning, retrieval"
             )
 
     @property
