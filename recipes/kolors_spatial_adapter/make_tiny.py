@@ -1,11 +1,11 @@
-"""Builds the embedded tiny Kolors: a checkpoint of the real classes and a drawn dataset of layouts. Nothing is downloaded.
+"""Builds the embedded tiny Kolors: a checkpoint of the real classes and drawn layouts. Nothing is downloaded.
 
     python make_tiny.py --output_dir DIR   writes DIR/model and DIR/data in seconds; nothing when they are up to date
     python make_tiny.py --pretrain         makes tiny_weights.safetensors (minutes on a GPU)
 
 DIR/model is in diffusers' layout and opens with the unmodified KolorsPipeline. Its VAE reconstructs 64 x 64 drawings.
-Its UNet draws what a caption names ("a red circle and a blue square, on a white background") in places and sizes of its
-own choice: the adapter teaches it to keep to boxes. DIR/data holds captioned pictures with their boxes (train.jsonl)
+Its UNet draws what a caption names ("a red circle and a blue square, on a white background") where and as large as the
+noise has it: the adapter teaches it to keep to boxes. DIR/data holds captioned pictures with their boxes (train.jsonl)
 and held-out layouts (validation.jsonl, validation_prompts.txt).
 """
 
