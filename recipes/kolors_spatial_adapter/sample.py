@@ -50,7 +50,7 @@ def main() -> None:
     check_objects(objects)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = KolorsPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+    pipeline = KolorsPipeline.from_pretrained(base, dtype=dtype).to(device)
     folder = args.adapter or (args.run and args.run / "export" / "adapter")
     adapter = load_adapter(folder, pipeline.unet) if folder else None
 

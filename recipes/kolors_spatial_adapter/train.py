@@ -306,7 +306,7 @@ class Encoders:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.device = device
         text_encoder = ChatGLMModel.from_pretrained(
-            folder / "text_encoder", torch_dtype=dtype, variant=variant(folder / "text_encoder")
+            folder / "text_encoder", dtype=dtype, variant=variant(folder / "text_encoder")
         )
         self.pipeline = KolorsPipeline(
             vae=load_vae(folder, device, torch.float32),
@@ -347,7 +347,7 @@ def variant(folder: Path) -> str | None:
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, variant=variant(folder / "vae"))
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant(folder / "vae"))
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -719,6 +719,7 @@ def main(argv: list[str] | None = None) -> None:
         run.print(f"{boxes} boxes, {given - boxes} more were cut away by crops or over max_objects; modes {modes}")
 
     unet = load_unet(cfg, run, folder, dtype)
+    torch.manual_seed(cfg.seed)  # new weights are the same in every run and on every process
     adapter = load_or_make_adapter(cfg, unet, vocabulary)
     spatial_model = SpatialModel(unet, adapter, modes, cfg.retrieval_queue, cfg.box_loss_weight).to(run.device)
     run.print(describe_parameters(spatial_model))
