@@ -287,7 +287,8 @@ def ask_actors(
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        start = ray.remote(Labeller).options(num_gpus=1 if gpus else 0).remote
+        # no CPU for itself: as many actors as cores must leave one for the loading of pictures
+        start = ray.remote(Labeller).options(num_cpus=0, num_gpus=1 if gpus else 0).remote
         actors = [start(load_model, args) for _ in range(args.num_actors or max(1, gpus))]
         load = ray.remote(load_pictures)
         batches = (rows[first : first + args.batch_size] for first in range(0, len(rows), args.batch_size))
