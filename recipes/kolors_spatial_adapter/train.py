@@ -274,11 +274,6 @@ class Config:
                 f"modes is {self.modes!r}; expected generation, alone or joined by commas with captioning, retrieval"
             )
 
-    @property
-    def mode_names(self) -> list[str]:
-        """In the order of their backwards: generation, which uses all of the adapter, comes last."""
-        return [name for name in MODES if name in self.modes.split(",")]
-
 
 # ---------------------------------------------------------------- data
 
@@ -288,6 +283,11 @@ def load_records(cfg: Config, known_good: set[str]) -> tuple[list[Record], list[
     records = with_problems(load_manifest(cfg.train_data_dir, cfg.train_data_meta))
     records = check_records(records, cfg.train_data_dir, cfg.on_bad_rows, cfg.output_dir, known_good)
     return hold_out(records, cfg.num_validation_samples, cfg.seed)
+
+
+def mode_names(cfg: Config) -> list[str]:
+    """The modes in the order of their backwards: generation, which uses all of the adapter, comes last."""
+    return [name for name in MODES if name in cfg.modes.split(",")]
 
 
 def each_mode(batches: Iterator[dict], modes: Sequence[str]) -> Iterator[dict]:
@@ -566,7 +566,7 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     loss = models.model(mode, inputs)
     weight = {"captioning": cfg.captioning_weight, "retrieval": cfg.retrieval_weight}.get(mode, 1.0)
     return weight * loss, {
-        f"{mode}_loss": loss * len(cfg.mode_names),  # the meter takes the mean over the micro-steps of all modes
+        f"{mode}_loss": loss * len(mode_names(cfg)),  # the meter takes the mean over the micro-steps of all modes
         "latents_mean": latents.mean(),
         "latents_std": latents.std(),
         "forward_flops": models.flops[mode] * latents[:, 0].numel(),
@@ -674,7 +674,7 @@ def export(run: Run, cfg: Config, models: Models) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(Config, argv)
     resolve_paths(cfg, RECIPE, argv)
-    modes = cfg.mode_names
+    modes = mode_names(cfg)
     run = runtime.set_up(cfg, RECIPE, backwards=len(modes), find_unused_parameters=False)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps * len(modes)
     if run.strategy.startswith("zero") and cfg.mixed_precision == "fp16":

@@ -91,9 +91,9 @@ def test_validation_is_that_of_one_process(runs, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resume_is_exact(runs, strategy):
-    """Catches a queue, heads, master weights or moments that a checkpoint forgets. DDP: equal to the last bit. DeepSpeed's
-    CPU Adam multiplies its bias correction up step by step, and computes it by a power after a restart: there the first
-    step is equal to the bit, and the next to the rounding of that."""
+    """Catches a queue, heads, master weights or moments that a checkpoint forgets. DDP: equal to the last bit.
+    DeepSpeed's CPU Adam multiplies its bias correction up step by step, and computes it by a power after a restart:
+    there the first step is equal to the bit, and the next one to the rounding of that."""
     straight = runs.launched(strategy, strategy, *FULL, *SPLIT)
     flags = ["--max_train_steps", STEPS, "--random_flip", *SPLIT]
     flags += ["--resume_from_checkpoint", straight / f"checkpoint-{SAVED}"]
