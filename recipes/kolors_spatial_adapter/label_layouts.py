@@ -284,6 +284,7 @@ def ask_actors(
     import ray
 
     paths = os.pathsep.join([str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
