@@ -6,7 +6,7 @@ of the whole picture. Here they follow the picture's crop into its bucket, phras
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,17 +64,22 @@ def phrase_tokens(tokenizer: ChatGLMTokenizer, phrase: str) -> list[int]:
     return tokenizer(phrase)["input_ids"][len(tokenizer.get_prefix_tokens()) :][:MAX_PHRASE_TOKENS]
 
 
-def build_vocabulary(tokenizer: ChatGLMTokenizer, phrases: Sequence[str]) -> list[int]:
+def build_vocabulary(tokenizer: ChatGLMTokenizer, phrases: Iterable[str]) -> list[int]:
     """The tokens that occur in phrases, sorted: the captioning head says an index into them, or their number, which
     is the end."""
-    return sorted({token for phrase in phrases for token in phrase_tokens(tokenizer, phrase)})
+    return sorted({token for phrase in set(phrases) for token in phrase_tokens(tokenizer, phrase)})
 
 
-def phrase_indices(tokenizer: ChatGLMTokenizer, phrase: str, vocabulary: Sequence[int]) -> tuple[int, ...]:
-    """A phrase as indices into the vocabulary and its end; tokens that are not in it are left out."""
+def index_phrases(
+    tokenizer: ChatGLMTokenizer, phrases: Iterable[str], vocabulary: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """{phrase: indices into the vocabulary and the end}; tokens that are not in the vocabulary are left out."""
     place = {token: index for index, token in enumerate(vocabulary)}
-    said = [place[token] for token in phrase_tokens(tokenizer, phrase) if token in place]
-    return (*said, len(vocabulary))
+    indices = {}
+    for phrase in set(phrases):
+        said = [place[token] for token in phrase_tokens(tokenizer, phrase) if token in place]
+        indices[phrase] = (*said, len(vocabulary))
+    return indices
 
 
 class LayoutSamples(Dataset):

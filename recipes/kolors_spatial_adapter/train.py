@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,6 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from adapter import (
-    AdapterConfig,
     SpatialAdapter,
     draw_embedded,
     embed_phrase,
@@ -46,8 +45,8 @@ from layouts import (
     RandomLayouts,
     build_vocabulary,
     collate,
+    index_phrases,
     objects_in_bucket,
-    phrase_indices,
     read_layouts,
     size_conditions,
     with_problems,
@@ -269,6 +268,8 @@ class Config:
         if self.box_loss_weight <= 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")
         names = self.modes.split(",")
+        if self.adapter_path and not (Path(self.adapter_path) / "config.json").is_file():
+            raise ValueError(f"adapter_path {self.adapter_path} has no config.json; give a run's export/adapter, say")
         if not set(names) <= set(MODES) or len(names) != len(set(names)) or "generation" not in names:
             raise ValueError(
                 f"modes is {self.modes!r}; expected generation, alone or joined by commas with captioning, retrieval"
@@ -390,16 +391,20 @@ def phrase_key(cache: EmbeddingCache, phrase: str) -> str:
     return cache.key(phrase, kind="phrase")
 
 
+def phrases_of(rows: Iterable[dict]) -> Iterator[str]:
+    return (item["phrase"] for row in rows for item in row["objects"])
+
+
 def layout_row(
-    cfg: Config, cache: EmbeddingCache, record: Record, bucket: tuple[int, int], vocabulary: Sequence[int], tokenizer
+    cfg: Config, cache: EmbeddingCache, record: Record, bucket: tuple[int, int], indices: dict[str, tuple[int, ...]]
 ) -> LayoutRow:
-    """A record at its bucket (width, height), for LayoutSamples."""
+    """A record at its bucket (width, height), for LayoutSamples; indices: of phrases, see index_phrases."""
     objects = objects_in_bucket(record, bucket, cfg.max_objects)
     return LayoutRow(
         key=cache.key(record, bucket, flipped=cfg.random_flip),
         phrase_keys=tuple(phrase_key(cache, item["phrase"]) for item in objects),
         boxes=tuple(item["bbox"] for item in objects),
-        phrase_ids=tuple(phrase_indices(tokenizer, item["phrase"], vocabulary) for item in objects),
+        phrase_ids=tuple(indices[item["phrase"]] for item in objects),
         add_time_ids=size_conditions(record, bucket),
     )
 
@@ -409,6 +414,46 @@ def validation_layout(cache: EmbeddingCache, row: dict, limit: int) -> dict:
     objects = largest_first(row["objects"], limit)
     phrase_embeds = [cache[phrase_key(cache, item["phrase"])]["phrase_embed"] for item in objects]
     return {"text": row["text"], "objects": objects, "phrase_embeds": phrase_embeds, **cache[cache.key(row["text"])]}
+
+
+@dataclass
+class Data:
+    """What training needs of the data, encoded in the cache."""
+
+    records: list[Record]  # to train on
+    buckets: list[tuple[int, int]]  # (width, height) of each
+    train_rows: list[LayoutRow]
+    held_out_rows: list[LayoutRow]
+    layouts: list[dict]  # {text, objects} to draw in validation
+    vocabulary: list[int]  # tokens of the phrases to train on
+
+
+def prepare_data(cfg: Config, run: Run, folder: Path, cache: EmbeddingCache, vocabulary: list[int] | None) -> Data:
+    """Check every row, then encode pictures, captions and phrases. vocabulary: a resumed run's, or None to collect
+    it."""
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder / "tokenizer")
+    records, held_out = on_main(run, load_records, cfg, cache.known_good())
+    if cfg.validation_layouts:
+        layouts = read_layouts(Path(cfg.validation_layouts))
+    else:
+        layouts = [{"text": record.text, "objects": record.extra["objects"]} for record in held_out[:4]]
+    rows, sizes = records + held_out, make_buckets(cfg.resolution)
+    buckets = [nearest_bucket(record.width, record.height, sizes) for record in rows]
+    given = [record.extra for record in rows]
+    if vocabulary is None:
+        vocabulary = build_vocabulary(tokenizer, phrases_of(given[: len(records)]))
+    indices = index_phrases(tokenizer, phrases_of(given), vocabulary)
+    encoded = [layout_row(cfg, cache, record, bucket, indices) for record, bucket in zip(rows, buckets, strict=True)]
+    items = {row.key: ("row", *item) for row, *item in zip(encoded, rows, buckets, strict=True)}
+    items |= {phrase_key(cache, phrase): ("phrase", phrase) for phrase in {*indices, *phrases_of(layouts)}}
+    items |= {cache.key(text): ("prompt", text) for text in ("", *(row["text"] for row in layouts))}
+    encode(cfg, run, folder, cache, items)
+    boxes = sum(len(row.boxes) for row in encoded)
+    lost = sum(len(row["objects"]) for row in given) - boxes
+    run.print(f"{len(records)} rows to train on, {len(held_out)} held out; {describe_buckets(buckets)}")
+    run.print(f"{boxes} boxes, {lost} more were cut away by crops or over max_objects")
+    count = len(records)
+    return Data(records, buckets[:count], encoded[:count], encoded[count:], layouts, vocabulary)
 
 
 # ---------------------------------------------------------------- models
@@ -683,40 +728,17 @@ def main(argv: list[str] | None = None) -> None:
     on_main(run, claim_output_dir, cfg.output_dir, resume, cfg.overwrite_output_dir, False)
 
     dtype = DTYPES[cfg.mixed_precision]
-    saved = AdapterConfig(**json.loads((resume / "config.json").read_text())) if resume else None
+    vocabulary = json.loads((resume / "config.json").read_text())["vocabulary"] if resume else None
     if cfg.benchmark:
         folder, scheduler_config, vocabulary = None, FULL_SIZE_SCHEDULER, list(range(2000))
     else:
         folder = on_main(run, model_folder, cfg.pretrained_model_name_or_path, PARTS)
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        tokenizer = ChatGLMTokenizer.from_pretrained(folder / "tokenizer")
         cache = open_cache(cfg, run, folder)
-        records, held_out = on_main(run, load_records, cfg, cache.known_good())
-        layouts = (
-            read_layouts(Path(cfg.validation_layouts))
-            if cfg.validation_layouts
-            else [{"text": record.text, "objects": record.extra["objects"]} for record in held_out[:4]]
-        )
-        sizes = make_buckets(cfg.resolution)
-        rows = records + held_out
-        buckets = [nearest_bucket(record.width, record.height, sizes) for record in rows]  # (width, height)
-        phrases = [item["phrase"] for record in records for item in record.extra["objects"]]
-        vocabulary = saved.vocabulary if saved else build_vocabulary(tokenizer, phrases)
-        layout_rows = [
-            layout_row(cfg, cache, record, bucket, vocabulary, tokenizer)
-            for record, bucket in zip(rows, buckets, strict=True)
-        ]
-        items = {
-            row.key: ("row", record, bucket) for row, record, bucket in zip(layout_rows, rows, buckets, strict=True)
-        }
-        for source in (*(record.extra for record in rows), *layouts):
-            items |= {phrase_key(cache, item["phrase"]): ("phrase", item["phrase"]) for item in source["objects"]}
-        items |= {cache.key(text): ("prompt", text) for text in ("", *(row["text"] for row in layouts))}
-        encode(cfg, run, folder, cache, items)
-        run.print(f"{len(records)} rows to train on, {len(held_out)} held out; {describe_buckets(buckets)}")
-        boxes = sum(len(row.boxes) for row in layout_rows)
-        given = sum(len(record.extra["objects"]) for record in rows)
-        run.print(f"{boxes} boxes, {given - boxes} more were cut away by crops or over max_objects; modes {modes}")
+    alphas_cumprod = noise_schedule(scheduler_config).to(run.device)
+    if not cfg.benchmark:
+        data = prepare_data(cfg, run, folder, cache, vocabulary)
+        vocabulary = data.vocabulary
 
     unet = load_unet(cfg, run, folder, dtype)
     torch.manual_seed(cfg.seed)  # new weights are the same in every run and on every process
@@ -733,8 +755,8 @@ def main(argv: list[str] | None = None) -> None:
         sample = dataset[Place(0, 0, 0)]
         empty_prompt = {name: sample[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
     else:
-        dataset = LayoutSamples(cache, layout_rows[: len(records)], adapter.cfg.max_objects)
-        bucket_ids = buckets[: len(records)]
+        dataset = LayoutSamples(cache, data.train_rows, adapter.cfg.max_objects)
+        bucket_ids = data.buckets
         empty_prompt = cache[cache.key("")]
     if cfg.num_train_epochs:
         group_size = cfg.train_batch_size * cfg.gradient_accumulation_steps * run.world_size
@@ -745,17 +767,17 @@ def main(argv: list[str] | None = None) -> None:
     models = Models(
         model=model,
         scheduler_config=scheduler_config,
-        alphas_cumprod=noise_schedule(scheduler_config).to(run.device),
+        alphas_cumprod=alphas_cumprod,
         empty_prompt={name: tensor.to(run.device) for name, tensor in empty_prompt.items()},
         dtype=dtype,
         flops={mode: flops / side**2 for mode, flops in mode_flops(unet_config, side).items()},
     )
     if not cfg.benchmark:
-        models.data_digest = data_digest(records, bucket_ids)
+        models.data_digest = data_digest(data.records, data.buckets)
     if cfg.validation_steps and not cfg.benchmark:
         models.vae = load_vae(folder, run.device, dtype)
-        models.held_out = LayoutSamples(cache, layout_rows[len(records) :], adapter.cfg.max_objects)
-        models.validation_layouts = [validation_layout(cache, row, adapter.cfg.max_objects) for row in layouts]
+        models.held_out = LayoutSamples(cache, data.held_out_rows, adapter.cfg.max_objects)
+        models.validation_layouts = [validation_layout(cache, row, adapter.cfg.max_objects) for row in data.layouts]
 
     step, segments = 0, []
     if resume:

@@ -115,12 +115,12 @@ def test_phrases_become_indices(layouts, make_tiny):
     """Catches the tokenizer's two leading tokens said as words, a missing end, and unknown words that end a phrase."""
     tokenizer = make_tiny.build_tokenizer()
     vocabulary = layouts.build_vocabulary(tokenizer, ["red circle", "blue circle"])
-    red, blue = (layouts.phrase_indices(tokenizer, phrase, vocabulary) for phrase in ("red circle", "blue circle"))
+    indices = layouts.index_phrases(tokenizer, ["red circle", "blue circle", "green circle"], vocabulary)
+    red, blue, shared = (indices[f"{colour} circle"] for colour in ("red", "blue", "green"))
     assert red[-1] == blue[-1] == len(vocabulary) and red[:-1] != blue[:-1]
     assert set(red[:-1]) | set(blue[:-1]) == set(range(len(vocabulary)))
     decoded = tokenizer.decode([vocabulary[index] for index in red[:-1]])
     assert decoded.strip() == "red circle"
-    shared = layouts.phrase_indices(tokenizer, "green circle", vocabulary)
     assert shared[-1] == len(vocabulary) and len(shared) < len(red) + 1
 
 

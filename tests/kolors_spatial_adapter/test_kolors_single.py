@@ -246,7 +246,7 @@ def test_sample(recipe, straight, adapter_module, pipeline, tmp_path, monkeypatc
         (["--box_loss_weight", 0], "above 0"),
         (["--max_objects", 0], "at least 1"),
         (["--validation_layouts", "nowhere.jsonl"], "no layouts in"),
-        (["--adapter_path", "nowhere"], "no adapter in"),
+        (["--adapter_path", "nowhere"], "has no config.json"),
     ],
 )
 def test_refusals(train, config, tmp_path, flags, said):
