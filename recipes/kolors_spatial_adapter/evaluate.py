@@ -93,7 +93,8 @@ def load_detector(name: str, rows: Sequence[dict]) -> Detector:
         for item in model(picture, candidate_labels=list(asked)):
             corners = [item["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")]
             bbox = tuple(min(max(value / side, 0.0), 1.0) for value, side in zip(corners, size, strict=True))
-            detections.append(Detection(asked[item["label"]], bbox, item["score"]))
+            if bbox[0] < bbox[2] and bbox[1] < bbox[3]:  # OWLv2 also sees things in its padding
+                detections.append(Detection(asked[item["label"]], bbox, item["score"]))
         return detections
 
     return detect
@@ -299,7 +300,7 @@ def main() -> None:
     detect = load_detector(args.detector, rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = KolorsPipeline.from_pretrained(args.base, torch_dtype=dtype).to(device)
+    pipeline = KolorsPipeline.from_pretrained(args.base, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
     results, drawn, gates = {}, {}, {}
