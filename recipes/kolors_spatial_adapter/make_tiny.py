@@ -106,9 +106,9 @@ BRANCH_SCALE = 0.5  # of the text encoder's residual branches: after random laye
 # ---- the dataset ----
 
 
-def draw_layout(rng: random.Random, boxes: list[shapes.Box] | None = None) -> tuple[Image.Image, dict]:
+def draw_layout(rng: random.Random, count: int) -> tuple[Image.Image, dict]:
     """One or two objects that do not touch, in boxes of any place and nearly any size. Returns (picture, its row)."""
-    boxes = boxes or draw_boxes(rng)
+    boxes = draw_boxes(rng, count)
     kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], len(boxes))
     background = rng.choice(list(shapes.BACKGROUNDS))
     objects = [shapes.Found(*kind, box) for kind, box in zip(kinds, boxes, strict=True)]
@@ -125,9 +125,8 @@ def draw_layout(rng: random.Random, boxes: list[shapes.Box] | None = None) -> tu
     return shapes.draw(objects, background, (SIZE, SIZE)), row
 
 
-def draw_boxes(rng: random.Random) -> list[shapes.Box]:
+def draw_boxes(rng: random.Random, count: int) -> list[shapes.Box]:
     """One or two boxes in pixels, 3 pixels at least from the rim and from each other."""
-    count = rng.choice((1, 2, 2))
     while True:
         boxes = []
         for _ in range(count):
@@ -149,6 +148,11 @@ def apart(a: shapes.Box, b: shapes.Box, gap: float) -> bool:
     return any(a[axis + 2] + gap <= b[axis] or b[axis + 2] + gap <= a[axis] for axis in (0, 1))
 
 
+def count_of(number: int) -> int:
+    """Objects of a numbered picture: every third has one, the others two."""
+    return 2 if number % 3 else 1
+
+
 def write_data(folder: Path) -> None:
     """N_TRAIN pictures with their layouts, and N_HELD_OUT layouts that no training picture has."""
     rng = random.Random(SEED)
@@ -156,7 +160,7 @@ def write_data(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         rows = []
         for i in range(count):
-            picture, row = draw_layout(rng)
+            picture, row = draw_layout(rng, count_of(i))
             picture.save(folder / name / f"{i:04d}.png")
             rows.append({"file_path": f"{name}/{i:04d}.png", **row})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -405,7 +409,7 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
     pretrain_vae(pipe.vae, int(4000 * scale), int(16000 * scale), 64, device)
     print(f"{time.perf_counter() - start:.0f} s: the VAE", flush=True)
     rng = random.Random(SEED + 1)
-    pictures, rows = zip(*(draw_layout(rng) for _ in range(int(32000 * scale))), strict=True)
+    pictures, rows = zip(*(draw_layout(rng, count_of(i)) for i in range(int(32000 * scale))), strict=True)
     pictures = to_tensor(pictures).to(device)
     sharpen_decoder(pipe.vae, pictures, int(2000 * scale), 64, device)
     print(f"{time.perf_counter() - start:.0f} s: its decoder", flush=True)
@@ -413,7 +417,7 @@ def pretrain(path: Path, scale: float = 1.0) -> None:
     print(f"{time.perf_counter() - start:.0f} s: the UNet", flush=True)
     save_weights(pipe, path)
     pipe.set_progress_bar_config(disable=True)
-    layouts = [draw_layout(rng)[1] for _ in range(min(48, int(48 * scale) + 2))]
+    layouts = [draw_layout(rng, count_of(i))[1] for i in range(min(48, int(48 * scale) + 2))]
     for guidance_scale in (1.0, 2.0, 3.0, 5.0):
         drawn = sample(pipe, [row["text"] for row in layouts], guidance_scale)
         right = sum(shows(picture, row["objects"]) for picture, row in zip(drawn, layouts, strict=True))

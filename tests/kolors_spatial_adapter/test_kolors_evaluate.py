@@ -90,7 +90,7 @@ def test_adherence(evaluate):
 def test_finder_reads_drawn_layouts_back(evaluate, make_tiny):
     """Catches boxes in pixels, x and y swapped, colours or shapes under another name."""
     rng = random.Random(5)
-    pairs = [make_tiny.draw_layout(rng) for _ in range(30)]
+    pairs = [make_tiny.draw_layout(rng, 1 + i % 2) for i in range(30)]
     rows = [row for _, row in pairs]
     wide = shapes.draw([shapes.Found("red", "circle", (10, 20, 40, 50))], size=(128, 64))
     pairs.append((wide, layout(("red circle", (10 / 128, 20 / 64, 40 / 128, 50 / 64)))))
