@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.cache import EmbeddingCache
 from common.data import Place
+from common.images import resize_and_crop
 from common.manifest import Record, check_records, load_manifest
 
 BAD_BOXES = {
@@ -62,15 +63,16 @@ def test_crop(boxes):
     assert boxes.crop_box([0.0, 0.2, 0.28, 0.6], part) is None  # a tenth is left
 
 
-def test_objects_follow_the_crop_of_the_picture(boxes, layouts):
+@pytest.mark.parametrize("size", [(200, 100), (100, 200), (160, 160)])
+def test_objects_follow_the_crop_of_the_picture(layouts, size):
     """Catches boxes cropped along the wrong side: they must lie where the cropped picture shows the object."""
-    from common.images import resize_and_crop
-
-    picture = Image.new("RGB", (200, 100))
-    picture.paste((255, 0, 0), (60, 20, 100, 50))
-    objects = [{"phrase": "red", "bbox": [60 / 200, 20 / 100, 100 / 200, 50 / 100]}]
-    record = Record(0, "a.png", "red", extra={"objects": objects}, width=200, height=100)
-    for bucket in ((64, 64), (96, 64)):
+    width, height = size
+    box = (width * 0.3, height * 0.25, width * 0.6, height * 0.65)
+    picture = Image.new("RGB", size)
+    picture.paste((255, 0, 0), tuple(map(round, box)))
+    objects = [{"phrase": "red", "bbox": [0.3, 0.25, 0.6, 0.65]}]
+    record = Record(0, "a.png", "red", extra={"objects": objects}, width=width, height=height)
+    for bucket in ((64, 64), (96, 64), (64, 96)):
         (kept,) = layouts.objects_in_bucket(record, bucket, 4)
         seen = torch.tensor(list(resize_and_crop(picture, bucket).get_flattened_data()))[:, 0].view(*bucket[::-1])
         rows, columns = (seen > 127).any(1).nonzero(), (seen > 127).any(0).nonzero()
