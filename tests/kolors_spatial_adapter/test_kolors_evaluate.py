@@ -41,6 +41,8 @@ def test_each_thing_belongs_to_one_object(evaluate):
     found = evaluate.Detection
     row = layout(("cat", LEFT), ("cat", RIGHT))["objects"]
     assert evaluate.object_ious(row, [found("cat", LEFT, 0.9)]) == [1, 0]
+    near = layout(("cat", HALF), ("cat", LEFT))["objects"]
+    assert evaluate.object_ious(near, [found("cat", LEFT, 0.9)]) == [0, 1]
     assert evaluate.object_ious(row, [found("dog", LEFT, 0.9)]) == [0, 0]
     assert evaluate.object_ious(row, [found("cat", RIGHT, 0.2), found("cat", HALF, 0.9)]) == [0.5, 1]
     one = layout(("cat", LEFT))["objects"]
