@@ -154,14 +154,15 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def generation_loss(model: "SpatialModel", batch: dict) -> Tensor:
-    """Mean squared error of the predicted target (noise or v). Inside boxes it counts box_loss_weight times; each
-    sample's weights have mean 1, so the loss stays comparable."""
+    """Mean squared error of the predicted target (noise or v), each sample's times its loss_weights (B,). Inside boxes
+    it counts box_loss_weight times; the weights of a sample's pixels have mean 1, so the loss stays comparable."""
     layout = model.layout(batch, batch["has_box"])
     prediction = model.unet_with(layout, predict_noise, batch).float()  # (B, 4, h, w)
     squared = (prediction - batch["target"].float()).pow(2).mean(1)  # (B, h, w)
     inside = coverage(batch["boxes"], *squared.shape[1:]) * batch["has_box"][..., None, None]  # (B, N, h, w)
     weights = 1 + (model.box_loss_weight - 1) * inside.amax(1)  # (B, h, w)
-    return (squared * weights).flatten(1).sum(1).div(weights.flatten(1).sum(1)).mean()
+    per_sample = (squared * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)  # (B,)
+    return (batch["loss_weights"] * per_sample).mean()
 
 
 def captioning_loss(model: "SpatialModel", batch: dict) -> Tensor:

@@ -178,10 +178,15 @@ class Config:
     """width of the adapter's attention in each layer, a multiple of 32; 160 gives about 50 million parameters"""
     query_positions: bool = True
     """tell the adapter's queries where in the picture they are"""
+    box_bias: bool = True
+    """let pixels inside a box attend to its token from the start, by a learned number for each layer and head"""
     max_objects: int = 16
     """boxes of a picture at most, the largest first"""
     grounding_dropout: float = 0.1
     """share of samples trained without boxes, for guidance"""
+    snr_power: float = 0.0
+    """weight of a sample's error: its signal-to-noise ratio to the minus this, so that noisy pictures, in which the
+    layout is decided, count more; 0 is plain, 0.5 half of it in logarithms, 1 the error of the picture"""
     box_loss_weight: float = 1.0
     """how much more the error inside boxes counts than outside; 1 is plain"""
     caption_dropout: float = 0.1
@@ -506,6 +511,7 @@ def load_or_make_adapter(cfg: Config, unet: UNet2DConditionModel, vocabulary: li
             rank=cfg.adapter_rank,
             injection=cfg.injection,
             query_positions=cfg.query_positions,
+            box_bias=cfg.box_bias,
             max_objects=cfg.max_objects,
             vocabulary=vocabulary,
         )
@@ -576,6 +582,13 @@ def prediction_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, sc
     return share.sqrt() * noise - (1 - share).sqrt() * latents
 
 
+def snr_weights(alphas_cumprod: Tensor, power: float) -> Tensor:
+    """(T,) weights of the squared error by timestep: the signal-to-noise ratio a / (1 - a) to the minus `power`, with
+    mean 1. For noise prediction power 1 is the picture's error, 0.5 the loss of arXiv 2310.08442."""
+    weights = ((1 - alphas_cumprod) / alphas_cumprod) ** power
+    return weights / weights.mean()
+
+
 def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict]:
     """One micro-batch's loss in one mode, and what the meter adds up.
 
@@ -605,6 +618,7 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
         dropped = without_caption.view(-1, *[1] * (given.ndim - 1))
         inputs[name] = torch.where(dropped, empty, given)
     inputs |= {"boxes": boxes, "has_box": has_box, "timesteps": timesteps}
+    inputs["loss_weights"] = snr_weights(models.alphas_cumprod, cfg.snr_power)[timesteps]  # (B,)
     inputs["noisy_latents"] = add_noise(latents, noise, shares)
     inputs["target"] = prediction_target(latents, noise, shares, models.scheduler_config)
 

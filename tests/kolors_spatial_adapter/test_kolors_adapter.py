@@ -19,7 +19,7 @@ PROMPT = "a red circle and a blue square, on a white background"
 INJECTIONS = ["cross_attention", "gated_self_attention"]
 
 
-def open_gates(adapter, value: float = 0.7) -> None:
+def open_gates(adapter, value: float = 0.07) -> None:
     for layer in adapter.layers.values():
         layer.gate.data.fill_(value)
 
@@ -151,6 +151,7 @@ def test_the_unconditional_half_gets_null_boxes(adapter_module, pipeline):
         guided = adapter.layout.tokens
         set_layout(adapter_module, adapter, pipeline, guided=False)
         adapter.layout.tokens = adapter.layout.tokens.expand(2, -1, -1)
+        adapter.layout.inside = {size: inside.expand(2, -1, -1) for size, inside in adapter.layout.inside.items()}
         assert torch.allclose(pipeline.unet(**call).sample[1], both[1], atol=1e-5)
         nothing = torch.zeros(2, 4, dtype=torch.bool)
         zeros = torch.zeros(2, 4, pipeline.unet.config.encoder_hid_dim), torch.zeros(2, 4, 4)
@@ -212,14 +213,51 @@ def test_fourier_features_are_those_of_gligen(adapter_module):
 
 def test_positions_of_pixels(adapter_module):
     """Catches x and y swapped, rows for columns, and a resolution of the UNet that is missing."""
-    positions = adapter_module.pixel_positions(16, 24, torch.device("cpu"))
+    assert adapter_module.resolutions(16, 24, 2) == [(16, 24), (8, 12), (4, 6)]
+    assert adapter_module.resolutions(5, 7, 2) == [(5, 7), (3, 4), (2, 2)]
     for height, width in ((16, 24), (8, 12), (4, 6)):
-        features = positions[height * width]
+        features = adapter_module.pixel_positions(height, width, torch.device("cpu"))
+        assert features.shape == (height * width, 4 * adapter_module.FREQUENCIES)
         for row, column in ((0, 0), (1, 3), (height - 1, width - 2)):
             centre = torch.tensor([(column + 0.5) / width, (row + 0.5) / height])
             assert torch.allclose(features[row * width + column], adapter_module.fourier_features(centre))
-    odd = adapter_module.pixel_positions(5, 7, torch.device("cpu"))
-    assert {5 * 7, 3 * 4, 2 * 2} <= odd.keys()
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_pixels_inside_a_box_attend_to_its_token(adapter_module, pipeline, injection, monkeypatch):
+    """Catches a bias that goes to another token, to the picture's own keys, outside the box, or by another factor than
+    box_bias x coverage: against attention with the bias as a mask."""
+    adapter = small_adapter(adapter_module, pipeline, injection=injection)
+    layer = next(iter(adapter.layers.values()))
+    layer.gate.data.fill_(1.0)
+    layer.box_bias.data.copy_(torch.linspace(-2, 3, len(layer.box_bias)))
+    width = next(iter(adapter.cfg.widths.values()))
+    hidden, tokens, positions = torch.randn(2, 24, width), torch.randn(2, 4, 64), torch.randn(24, 32)
+    inside = torch.rand(2, 24, 4)
+    ours = layer(hidden, tokens, positions, inside)
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def with_mask(query, key, value, scale):
+        n = key.shape[2] - 4
+        mask = torch.nn.functional.pad(inside[:, None] * layer.box_bias[:, None, None], (n, 0))
+        seen.append(n)
+        return attention(query, key, value, attn_mask=mask, scale=scale)
+
+    monkeypatch.setattr(adapter_module.F, "scaled_dot_product_attention", with_mask)
+    monkeypatch.setattr(layer, "with_bias", lambda query, key, inside, scale: (query, key))
+    assert torch.allclose(layer(hidden, tokens, positions, inside), ours, atol=1e-5)
+    assert seen == [24 if injection == "gated_self_attention" else 0]
+
+
+def test_layouts_say_which_pixels_a_box_covers(adapter_module, pipeline):
+    """Catches coverage in another order than the pixels', of null boxes, or of the unconditional half."""
+    adapter = small_adapter(adapter_module, pipeline)
+    set_layout(adapter_module, adapter, pipeline)
+    inside = adapter.layout.inside[8 * 12]
+    assert inside.shape == (2, 96, 4) and not inside[0].any() and not inside[1, :, 2:].any()
+    grid = inside[1, :, 0].view(8, 12)  # the box [0.05, 0.1, 0.45, 0.5]
+    assert grid[2:4, 2:5].min() > 0.999 and not grid[4:].any() and not grid[:, 6:].any()
+    assert grid.mean().item() == pytest.approx(0.4 * 0.4, abs=1e-5)
 
 
 def test_phrases_are_means_of_the_prompts_hidden_states(adapter_module, pipeline):

@@ -21,7 +21,7 @@ def model(modes, adapter_module, pipeline):
         pipeline.unet, rank=32, token_width=64, max_objects=SLOTS, vocabulary=VOCABULARY
     )
     for layer in adapter.layers.values():
-        layer.gate.data.fill_(0.5)
+        layer.gate.data.fill_(0.05)
     return modes.SpatialModel(pipeline.unet, adapter, MODES, queue_size=6).train()
 
 
@@ -41,6 +41,7 @@ def make_batch(model, batch_size: int = 2, seed: int = 0) -> dict:
     return {
         "noisy_latents": normal(4, 16, 24),
         "target": normal(4, 16, 24),
+        "loss_weights": torch.ones(batch_size),
         "timesteps": torch.randint(1000, (batch_size,), generator=rng),
         "prompt_embeds": normal(9, width),
         "pooled_prompt_embeds": normal(width),
@@ -72,6 +73,9 @@ def test_generation_is_the_mean_squared_error(model, modes):
     prediction = modes.predict_noise(model.unet, batch)
     assert torch.allclose(loss, F.mse_loss(prediction, batch["target"]), rtol=1e-5)
     assert not torch.allclose(model("generation", {**batch, "has_box": batch["has_box"] & False}), loss)
+    weighted = model("generation", {**batch, "loss_weights": torch.tensor([1.0, 3.0])})
+    each = (prediction - batch["target"]).pow(2).mean((1, 2, 3))
+    assert torch.allclose(weighted, (each[0] + 3 * each[1]) / 2, rtol=1e-5)
 
 
 def test_weight_inside_boxes(model, modes, monkeypatch):
@@ -145,7 +149,7 @@ def test_captioning_learns(model):
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[0] > 1.0 and losses[-1] < 0.1, (losses[0], losses[-1])
+    assert losses[0] > 1.0 and losses[-1] < 0.2, (losses[0], losses[-1])
 
 
 # ---- retrieval

@@ -135,6 +135,18 @@ def test_a_perfect_unet_draws_the_picture(train, encoders, pipeline, scheduler_c
     assert (drawn.images - latents).abs().max() < 0.05 * latents.abs().max()
 
 
+def test_weights_by_signal_to_noise(train, scheduler_config):
+    """Catches an inverted power, weights that change the loss's scale, and a default that is not the plain loss."""
+    alphas_cumprod = train.noise_schedule(scheduler_config)
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    assert torch.equal(train.snr_weights(alphas_cumprod, train.Config.snr_power), torch.ones(1100))
+    for power in (0.5, 1.0):
+        weights = train.snr_weights(alphas_cumprod, power)
+        assert weights.mean().item() == pytest.approx(1, rel=1e-4)
+        expected = (ratio[100] / ratio[900]) ** power
+        assert (weights[900] / weights[100]).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_flops_of_the_real_unet(train):
     """Catches a throughput that counts another model: 6.96e12 a forward at 1024 x 1024 was measured."""
     config = json.dumps({**train.FULL_SIZE, "in_channels": 4})
