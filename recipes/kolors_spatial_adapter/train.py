@@ -164,10 +164,10 @@ class Config:
     modes: str = "generation"
     """losses, joined by commas, each with a forward and a backward of its own for every micro-batch: generation alone,
     or captioning,retrieval,generation"""
-    captioning_weight: float = 0.1
-    """factor of the captioning loss"""
-    retrieval_weight: float = 0.1
-    """factor of the retrieval loss"""
+    captioning_weight: float = 0.01
+    """factor of the captioning loss, which is many times the generation loss and would drown it at 1"""
+    retrieval_weight: float = 0.01
+    """factor of the retrieval loss, likewise"""
     retrieval_queue: int = 1024
     """earlier layouts and pictures that retrieval keeps as negatives"""
     feature_time: float = 0.1
