@@ -168,11 +168,13 @@ def has_frozen(model: nn.Module) -> bool:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps: the whole state dict, or the parameters that train alone where others are frozen (an
-    adapter on a large base)."""
-    if has_frozen(model):
-        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return model.state_dict()
+    """What a checkpoint keeps: the whole state dict, or, where parameters are frozen (an adapter on a large base),
+    those that train and the buffers of the modules that own them (a queue beside a projection)."""
+    if not has_frozen(model):
+        return model.state_dict()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    owners = {name.rpartition(".")[0] for name in trained}
+    return trained | {name: b for name, b in model.named_buffers() if name.rpartition(".")[0] in owners}
 
 
 @torch.no_grad()

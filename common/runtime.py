@@ -75,13 +75,16 @@ class Run:
             torch.distributed.barrier()
 
 
-def set_up(cfg, recipe_dir: Path) -> Run:
+def set_up(cfg, recipe_dir: Path, backwards: int = 1, find_unused_parameters: bool = True) -> Run:
     """Start the processes' group and the accelerator, from what `accelerate launch` put into the environment.
 
     FSDP2 is read from the launch file's variables but done by common/sharding.py (accelerate's plugin is inactive on a
     CPU). Everything that DeepSpeed takes from its own JSON and would silently prefer is written from the config:
     accumulation, clipping, micro batch. Raises ValueError where the optimizer cannot run under the strategy or the
     global batch size cannot be divided.
+
+    backwards: of a micro-batch, each a micro-step of the loop. find_unused_parameters: False where every parameter
+    that trains gets a gradient in every backward, and DDP need not search.
     """
     _handle_signals()
     on_cuda = torch.cuda.is_available()
@@ -115,17 +118,16 @@ def set_up(cfg, recipe_dir: Path) -> Run:
             )
         cfg.gradient_accumulation_steps = cfg.global_batch_size // per_micro_step
     has_fp32_weights = weights_dtype(cfg, uses_deepspeed) == torch.float32
-    # find_unused_parameters: a last block's text branch, for one, gets no gradient. cpu and backend: without them,
-    # accelerate sees "no distribution" on a machine without GPU, and each process silently trains alone.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    # unused: a last block's text branch, for one, gets no gradient. cpu and backend: without them, accelerate sees
+    # "no distribution" on a machine without GPU, and each process silently trains alone.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    micro_steps = cfg.gradient_accumulation_steps * backwards
     if uses_deepspeed and not on_cuda:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         cpu=not on_cuda and not uses_deepspeed,
         mixed_precision=cfg.mixed_precision if uses_deepspeed or has_fp32_weights else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_steps, sync_with_dataloader=False),
         kwargs_handlers=handlers,
         log_with=_trackers(cfg.report_to),
         project_dir=cfg.output_dir,
@@ -146,7 +148,7 @@ def set_up(cfg, recipe_dir: Path) -> Run:
         offload_device = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
         offload = offload_device != "none"
         launch = strategy + {"none": "", "cpu": "_offload", "nvme": "_nvme"}[offload_device]
-        _fill_deepspeed_config(ds, cfg, world_size)
+        _fill_deepspeed_config(ds, cfg, world_size, micro_steps)
     check_optimizer(cfg, strategy, offload, world_size)
     if cfg.ema_decay and launch == "zero3_nvme":
         raise ValueError("ema_decay is not possible under zero3_nvme (weights lie on the disk); use --ema_decay 0")
@@ -164,10 +166,10 @@ def _resolve_deepspeed_config(recipe_dir: Path) -> None:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(recipe_dir / path)
 
 
-def _fill_deepspeed_config(ds: dict, cfg, world_size: int) -> None:
+def _fill_deepspeed_config(ds: dict, cfg, world_size: int, micro_steps: int) -> None:
     ds["train_micro_batch_size_per_gpu"] = cfg.train_batch_size
-    ds["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
-    ds["train_batch_size"] = cfg.train_batch_size * cfg.gradient_accumulation_steps * world_size
+    ds["gradient_accumulation_steps"] = micro_steps
+    ds["train_batch_size"] = cfg.train_batch_size * micro_steps * world_size
     ds["gradient_clipping"] = cfg.max_grad_norm
     ds["bf16"] = {**ds.get("bf16", {}), "enabled": cfg.mixed_precision == "bf16"}
     for section in ("offload_param", "offload_optimizer"):
