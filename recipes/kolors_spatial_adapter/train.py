@@ -196,8 +196,8 @@ class Config:
     """see common/optimizers.py for memory and where each may run"""
     learning_rate: float = 1e-4
     """peak learning rate"""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up: constant, or falling to zero at max_train_steps"""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
     lr_warmup_steps: int = 0
     """steps of linear warm-up"""
     adam_beta1: float = 0.9

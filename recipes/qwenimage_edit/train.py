@@ -92,7 +92,7 @@ class Config:
     trainable_modules: tuple[str, ...] = (".",)
     """train the parameters whose names contain one of these: "." is everything, "attn" attention alone"""
     lora_rank: int = 0
-    """rank of LoRA adapters that train instead of the model's own weights; 0 where the weights themselves may train"""
+    """rank of the LoRA adapters; 0, in recipes that can do without, trains the model's own weights"""
     lora_alpha: int = 16
     """an adapter's output is multiplied by lora_alpha / lora_rank"""
     launch: str = "single"
@@ -227,8 +227,6 @@ class Config:
             raise ValueError(
                 f"use_8bit_adam means --optimizer adamw_8bit, got --optimizer {self.optimizer} too; drop one"
             )
-        if self.use_8bit_adam:
-            self.optimizer = "adamw_8bit"
         if self.lora_rank and self.trainable_modules != (".",):
             raise ValueError(
                 f"lora_rank {self.lora_rank} trains adapters alone, got trainable_modules "
@@ -655,6 +653,7 @@ def export(run: Run, cfg: Config, models: Models) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(Config, argv)
+    cfg.optimizer = "adamw_8bit" if cfg.use_8bit_adam else cfg.optimizer
     resolve_paths(cfg, RECIPE, argv)
     run = runtime.set_up(cfg, RECIPE)
     accelerator, accumulation = run.accelerator, cfg.gradient_accumulation_steps

@@ -117,7 +117,7 @@ def data_folder(tmp_path_factory) -> Path:
         scene = [shapes.Found(colour, shape, shapes.place_box("on the left", size, 100 + 3 * number))]
         shapes.draw(scene, list(shapes.BACKGROUNDS)[number % 3], size).save(folder / f"{number:03d}.png")
         sources = [f"square_{number % 3}.png"] + [f"flat_{number // 2 % 3}.png"] * (number % 2)
-        text = f"make the {shape} {colour}" + ", as in Picture 2" * (number % 2)
+        text = f"make the {shape} {colour}" + ", as in Picture 2" * (number % 2) + f" ({number})"
         rows.append({"file_path": f"{number:03d}.png", "source_file_path": sources, "text": text, "type": "image"})
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "one_source.json").write_text(json.dumps([row for row in rows if len(row["source_file_path"]) == 1]))
