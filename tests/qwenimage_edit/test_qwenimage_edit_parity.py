@@ -227,14 +227,13 @@ def assert_same_call(ours: dict, pipelines: dict, tolerances: dict[str, float]) 
         pytest.param("edit", 1, marks=pytest.mark.slow),
         pytest.param("plus-zero_cond_t", 2, marks=pytest.mark.slow),
         pytest.param("plus-bf16", 0, marks=pytest.mark.slow),
-        pytest.param("plus-bf16", 1, marks=pytest.mark.slow),
     ],
 )
 def test_one_sample(world_of, folder, kind, number):
     """Catches a wrong template, sources resized, encoded, normalised, ordered or placed otherwise than by the
     pipelines, another mixing, packing, timestep scale or dtype."""
     world = world_of(kind)
-    position = kept_positions(world)[number]
+    position = 4  # of those whose caption stays; here sigma and sigma * 1000 / 1000 differ in bf16
     ours = call_of_loss(world, batch(world, [number], [position]))
     noisy, sigma = noisy_by_diffusers(world, number, position)
     pipelines = call_of_pipeline(world, number, folder, noisy, sigma)
