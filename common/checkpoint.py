@@ -201,7 +201,11 @@ def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim
     Quantised optimizer state goes to one file a rank.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
 
     trained_only = StateDictOptions(ignore_frozen_params=has_frozen(model))
     dcp.save(get_model_state_dict(model, options=trained_only), checkpoint_id=folder / "model")
