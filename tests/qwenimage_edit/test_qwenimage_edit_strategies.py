@@ -1,0 +1,273 @@
+"""Every launch file trains the same model, with one source and with two: two processes against one, resume,
+validation, averages, exports, LoRA; and VideoX-Fun's own launch lines start train.py."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from helpers import column, largest_difference, launch, read_rows, run_command, run_main
+from PIL import Image
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVED = 4, 2
+# 8 samples a step as 2 x 2 accumulation x 2 processes, against one batch of 8 in one process
+SPLIT = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--export_model", "--ema_decay", 0.9]
+# without decay: the last block's text branch gets no gradient, which DeepSpeed takes for zeros and decays all the same
+LORA = [
+    "--adam_weight_decay",
+    0,
+    "--lora_rank",
+    4,
+    "--lora_alpha",
+    16,
+    "--learning_rate",
+    0.01,
+    "--validation_steps",
+    STEPS,
+    "--export_model",
+]
+STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
+
+
+class Runs:
+    """Runs of this module by name, each launched once, when a test first asks for it."""
+
+    def __init__(self, train, recipe: Path, config: Path, folder: Path):
+        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
+        self.done: dict[str, Path] = {}
+        self.output: dict[str, str] = {}
+
+    def single(self, name: str = "single", *flags: object) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
+            self.done[name] = out
+        return self.done[name]
+
+    def launched(self, name: str, strategy: str, *flags: object) -> Path:
+        if name not in self.done:
+            out = self.folder / name
+            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
+            assert name not in self.output, f"{name} failed before: {self.output[name][-500:]}"
+            ended = launch(self.recipe, strategy, 2, argv)
+            self.output[name] = ended.output
+            ended.check()
+            self.done[name] = out
+        return self.done[name]
+
+    def reference(self) -> Path:
+        """One process with the settings of `full`."""
+        return self.single("single", *FULL)
+
+    def full(self, strategy: str) -> Path:
+        """ZeRO-3, DDP and FSDP2 with a cache of their own: the encoders, too, are loaded and used under them."""
+        alone = ["--cache_dir", self.folder / f"{strategy}_cache"] if strategy in ("ddp", "fsdp2", "zero3") else []
+        return self.launched(strategy, strategy, *SPLIT, *FULL, *alone)
+
+
+@pytest.fixture(scope="module")
+def runs(train, recipe, config, tmp_path_factory) -> Runs:
+    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same but for a step of bf16 here and there."""
+    assert ours.keys() == theirs.keys() and theirs
+    for name, tensor in theirs.items():
+        a, b = ours[name].float(), tensor.float()
+        assert ours[name].dtype == tensor.dtype == torch.bfloat16
+        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
+        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
+
+
+def assert_same_validation(ours: Path, single: Path) -> None:
+    """The same losses, pictures, sources, targets and instructions."""
+    rows, expected = (read_rows(folder / "validation.jsonl") for folder in (ours, single))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [0, STEPS]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+    for step in (0, STEPS):
+        folders = [folder / f"validation_images/step_{step:06d}" for folder in (ours, single)]
+        names = {path.name for path in folders[0].iterdir()}
+        assert names == {path.name for path in folders[1].iterdir()}
+        assert names >= {"000.png", "001.png", "000_source_1.png", "001_source_0.png", "001_target.png", "grid.png"}
+        for name in sorted(name for name in names if name.endswith(".png")):
+            a, b = (np.asarray(Image.open(folder / name), dtype=np.float32) for folder in folders)
+            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5, (name, step, np.abs(a - b).mean())
+        assert (folders[0] / "001.txt").read_text() == (folders[1] / "001.txt").read_text()
+
+
+# ---- one step is the same step everywhere
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_are_those_of_one_process(runs, strategy):
+    """Catches encoders that are partitioned, processes that train alone, gradients summed or dropped, a split of the
+    batch that changes noise or order, sources of another process's rows."""
+    ours, single = runs.full(strategy), runs.reference()
+    assert json.loads((ours / "environment.json").read_text())["launch"] == strategy
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+    means = column(ours, "latents_mean"), column(single, "latents_mean")
+    assert all(means[0][step] == pytest.approx(means[1][step], abs=1e-6) for step in range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exports_are_equal(runs, strategy):
+    """Catches an export of half the weights, of stale ones, or of the trained ones where averages are kept (EMA)."""
+    ours, theirs = (weights(folder / "export/transformer") for folder in (runs.full(strategy), runs.reference()))
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_validation_is_that_of_one_process(runs, strategy):
+    """Catches validation that fails or hangs on sharded weights ("'weight' must be 2-D"), or that uses other weights,
+    sources or targets, or shows no sources and targets."""
+    assert_same_validation(runs.full(strategy), runs.reference())
+    assert "must be 2-D" not in runs.output[strategy]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_sharded_exports_open_with_diffusers(runs, strategy):
+    """Catches an export of a sharded run that diffusers cannot read."""
+    folder = runs.full(strategy) / "export/transformer"
+    _, report = QwenImageTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+
+
+# ---- resume, conversion
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_resume_is_exact(runs, strategy, tmp_path):
+    """Catches a resume that loses master weights, moments, averages or the order of samples: equal to the last bit;
+    and a conversion of a ZeRO-3 checkpoint that differs from the run's own export."""
+    checkpoint = runs.full(strategy) / f"checkpoint-{SAVED}"
+    average = [] if strategy == "zero3" else ["--ema_decay", 0.9]
+    flags = [
+        *SPLIT,
+        "--resume_from_checkpoint",
+        checkpoint,
+        "--checkpointing_steps",
+        STEPS,
+        "--export_model",
+        *average,
+    ]
+    resumed, straight = runs.launched(f"{strategy}_resumed", strategy, *flags), runs.full(strategy)
+    for name in ("loss", "grad_norm", "latents_mean"):
+        assert column(resumed, name) == column(straight, name, from_step=SAVED + 1), name
+    ours = weights(resumed / "export/transformer")
+    theirs = weights(straight / "export/transformer")
+    if strategy == "zero3":
+        command = [sys.executable, "-m", "common.zero_to_bf16", resumed / f"checkpoint-{STEPS}", tmp_path]
+        run_command(
+            [*command, "--max_shard_size", "80GB", "--safe_serialization"], PYTHONPATH=str(runs.recipe.parents[1])
+        ).check()
+        theirs = weights(tmp_path)
+        QwenImageTransformer2DModel.from_pretrained(tmp_path)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- LoRA
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_lora(runs, strategy, model_folder):
+    """Catches adapters that are begun, sharded, averaged, gathered or exported otherwise than in one process, and a
+    frozen base whose gradients stop the run."""
+    ours = runs.launched(f"{strategy}_lora", strategy, *SPLIT, *LORA)
+    single = runs.single("single_lora", *LORA)
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+    assert_same_validation(ours, single)
+    assert_close(*(weights(folder / "export/lora") for folder in (ours, single)))
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(model_folder)
+    pipeline.load_lora_weights(ours / "export/lora")
+    assert pipeline.transformer.peft_config["default_0"].lora_alpha == 16
+
+
+# ---- the launch lines of VideoX-Fun
+
+DEEPSPEED = {  # as its configs have it: a micro-batch of its own, bf16 on, the rest left to accelerate
+    "bf16": {"enabled": True},
+    "train_micro_batch_size_per_gpu": 1,
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 5e8,
+        "sub_group_size": 1e9,
+        "offload_optimizer": {"device": "none"},
+    },
+}
+LAUNCH_LINES = {
+    "single": "--mixed_precision=bf16",  # as many processes as there are GPUs: on a CPU one
+    "zero2": "--use_deepspeed --deepspeed_config_file {deepspeed} --deepspeed_multinode_launcher standard",
+    "zero3": """--zero_stage 3 --zero3_save_16bit_model true --zero3_init_flag true --use_deepspeed
+    --deepspeed_config_file {deepspeed} --deepspeed_multinode_launcher standard""",
+    "fsdp2": """--mixed_precision=bf16 --use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
+    --fsdp_transformer_layer_cls_to_wrap=QwenImageTransformerBlock --fsdp_sharding_strategy FULL_SHARD
+    --fsdp_state_dict_type=SHARDED_STATE_DICT --fsdp_backward_prefetch BACKWARD_PRE
+    --fsdp_cpu_ram_efficient_loading False""",
+}
+PUBLISHED = """--train_batch_size=1 --image_sample_size=256 --gradient_accumulation_steps=1 --dataloader_num_workers=1
+--num_train_epochs=1 --checkpointing_steps=50 --learning_rate=2e-05 --lr_scheduler=constant_with_warmup
+--lr_warmup_steps=100 --seed=42 --gradient_checkpointing --mixed_precision=bf16 --adam_weight_decay=3e-2
+--adam_epsilon=1e-10 --vae_mini_batch=1 --max_grad_norm=0.05 --enable_bucket --uniform_sampling
+--trainable_modules . --train_mode qwen_image_edit"""
+
+
+@pytest.fixture(scope="module")
+def published_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("published_cache")
+
+
+@pytest.mark.parametrize("strategy", LAUNCH_LINES)
+def test_published_launch_lines(recipe, model_folder, data_folder, published_cache, tmp_path, strategy):
+    """Catches a launch line of VideoX-Fun that does not start train.py, starts another strategy, or leaves each
+    process to train alone: two processes have the same losses with all of them."""
+    zero = {**DEEPSPEED, "zero_optimization": {**DEEPSPEED["zero_optimization"], "stage": 2 + (strategy == "zero3")}}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    line = LAUNCH_LINES[strategy].format(deepspeed=tmp_path / "zero.json").split()
+    processes = ["--num_processes", 2, "--num_machines", 1, "--main_process_port", 0]
+    argv = [*PUBLISHED.split(), f"--pretrained_model_name_or_path={model_folder}", f"--train_data_dir={data_folder}"]
+    argv += [f"--train_data_meta={data_folder}/one_source.json", f"--output_dir={tmp_path}/out"]
+    argv += [f"--cache_dir={published_cache}", "--validation_steps=0"]  # for the sake of time
+    command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *line, recipe / "train.py", *argv]
+    run_command(command).check()
+    environment = json.loads((tmp_path / "out/environment.json").read_text())
+    assert environment["launch"] == strategy
+    losses = column(tmp_path / "out")
+    assert list(losses) == list(range(1, 10 if strategy == "single" else 6)), "9 rows, by one process or by two"
+    kept = published_cache / "losses_of_two.json"
+    if strategy != "single" and kept.is_file():
+        assert list(losses.values()) == pytest.approx(json.loads(kept.read_text()), rel=0.02)
+    elif strategy != "single":
+        kept.write_text(json.dumps(list(losses.values())))
+    assert (tmp_path / "out/export/transformer/config.json").is_file()
+
+
+def test_a_mistake_is_said_once(runs, config, recipe, tmp_path):
+    """Catches a mistake in the data that every process reports, or of which one process waits for ever."""
+    argv = ["--config", config, "--output_dir", tmp_path, "--train_mode", "qwen_image_edit"]
+    done = launch(recipe, "ddp", 2, argv)
+    assert done.returncode != 0 and len(re.findall("2 sources, and qwen_image_edit takes one", done.output)) == 10
+    assert len([line for line in done.output.splitlines() if line.startswith("error: ")]) == 1
+    assert f'File "{recipe}' not in done.output
