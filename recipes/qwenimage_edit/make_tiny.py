@@ -5,11 +5,14 @@
 
 DIR/model is in diffusers' layout and opens with the unmodified QwenImageEditPlusPipeline, whose name it carries, and
 by from_pretrained with QwenImageEditPipeline. The pipelines enlarge every source to about 1024 x 1024 pixels; a VAE of
-scale 64 and a vision encoder of 128 x 128 pixels a token leave 64 tokens of it. The transformer recolours the shape
-that an instruction names, but knows German colours only ("make the circle rot") and leaves the picture as it is when
-the instruction names an English one: fine-tuning teaches those. DIR/data holds edits (train.json) that leave out some
-pairs of new colour and shape; those make the held-out edits (validation.json, validation_prompts.txt and
-validation_image_paths.txt, whose paths start from DIR/data).
+scale 64 and a vision encoder of 128 x 128 pixels a token leave 64 tokens of it. The VAE's encoder is linear and wired
+by hand, its decoder partly trained. The transformer recolours the shape that an instruction names, but knows German
+colours only ("make the circle rot") and leaves the picture as it is when the instruction names an English one:
+fine-tuning teaches those. DIR/data holds edits (train.json) that leave out some pairs of new colour and shape; those
+make the held-out edits (validation.json).
+
+The shipped weights are those of --pretrain on a CPU, cut short: 500 steps of 8 for the decoder, 2600 of 16 for the
+transformer. The base then does what a German instruction asks in 7 of 10 held-out edits, and an English one in none.
 """
 
 import argparse
@@ -205,8 +208,6 @@ def write_data(folder: Path) -> None:
             rows.append({"file_path": after, "source_file_path": [before], "text": edit.text, "type": "image"})
         random.Random(SEED).shuffle(rows)
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    (folder / "validation_prompts.txt").write_text("".join(row["text"] + "\n" for row in rows))
-    (folder / "validation_image_paths.txt").write_text("".join(row["source_file_path"][0] + "\n" for row in rows))
 
 
 # ---- the models ----
