@@ -161,7 +161,7 @@ def test_pretraining_prompts_are_the_pipelines(make_tiny, pipe, edit_pipe):
     for plus, batch_size in itertools.product((True, False), (1, 2)):
         embeds, mask = make_tiny.embeds_of(pipe, pictures, texts, plus, batch_size)
         for i, text in enumerate(texts):
-            size = make_tiny.PLUS_CONDITION_SIZE if plus else make_tiny.SOURCE_SIZE
+            size = make_tiny.PLUS_CONDITION_SIZE if plus else make_tiny.MODEL_SIZE
             pixels = (make_tiny.resized(pictures[i : i + 1], size) * 127.5 + 127.5).round().byte()[0]
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             expected, _ = pipe.encode_prompt(text, [image]) if plus else edit_pipe.encode_prompt(text, image)
@@ -192,9 +192,6 @@ def test_data(make_tiny, tiny, rows):
             )
             asked.add((colour, shape))
         assert asked == pairs
-    assert (data / "validation_prompts.txt").read_text().splitlines() == [row["text"] for row in held_out]
-    paths = (data / "validation_image_paths.txt").read_text().splitlines()
-    assert paths == [row["source_file_path"][0] for row in held_out]
     with Image.open(data / train[0]["file_path"]) as picture:
         assert picture.size == (512, 512) and picture.mode == "RGB"
 
@@ -202,7 +199,7 @@ def test_data(make_tiny, tiny, rows):
 def test_data_are_the_same_every_time(make_tiny, tiny, tmp_path):
     make_tiny.write_data(tmp_path / "again")
     files = sorted(path.relative_to(tiny / "data") for path in (tiny / "data").rglob("*.*"))
-    assert len(files) == 48 + 20 + 4
+    assert len(files) == 48 + 20 + 2
     for file in files:
         assert (tiny / "data" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -260,22 +257,53 @@ def test_zero_cond_t_takes_the_same_weights(make_tiny):
     assert plain.shape == (1, 80, 64) and not torch.allclose(plain, zero)
 
 
+@pytest.mark.slow
 def test_vae_reconstructs(make_tiny, tiny, pipe, rows):
-    """At 512 as a target; and latents of a source at 1024 are of the same scale."""
-    some = rows["train"][:8]
+    """At the size of sources and targets: shapes, colours and places stay, and latents are of the noise's scale."""
+    some = rows["train"][:4]
     pictures = make_tiny.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in some])
-    latents = make_tiny.encode(pipe.vae, pictures, 512)
-    assert latents.shape == (8, 16, 1, 8, 8)
+    latents = make_tiny.encode(pipe.vae, pictures, make_tiny.MODEL_SIZE)
+    assert latents.shape == (4, 16, 1, 16, 16)
     with torch.no_grad():
-        decoded = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample[:, :, 0], output_type="pil")
-    assert make_tiny.count_right(decoded, some, tiny / "data") >= 7
-    error = (make_tiny.to_tensor(decoded).float() - pictures) / 255
-    assert -10 * error.square().mean().log10() > 24
-    packed = make_tiny.packed_latents_of(pipe, pictures, 512)
-    source = make_tiny.packed_latents_of(pipe, pictures[:1], 1024)
-    assert packed.shape == (8, 16, 64) and source.shape == (1, 64, 64)
-    for some in (packed, source):
-        assert some.mean().abs() < 0.4 and 0.6 < some.std() < 1.4
+        decoded = torch.cat([pipe.vae.decode(each[None]).sample[:, :, 0] for each in latents])
+    decoded = pipe.image_processor.postprocess(decoded, output_type="pil")
+    assert make_tiny.count_right(decoded, some, tiny / "data") >= 3
+    small = make_tiny.to_tensor([image.resize((512, 512)) for image in decoded])
+    assert -10 * ((small.float() - pictures) / 255).square().mean().log10() > 20
+    normalised = pipe._encode_vae_image(make_tiny.resized(pictures[:2], make_tiny.MODEL_SIZE)[:, :, None], None)
+    assert normalised.mean().abs() < 0.5 and 0.3 < normalised.std() < 3
+
+
+@pytest.fixture(scope="module")
+def wired(make_tiny):
+    """(pipeline whose encoder is wired and whose other weights are random, the wiring, two pictures)."""
+    random = make_tiny.build_pipeline(weights=None)
+    pictures = make_tiny.to_tensor([make_tiny.random_edit(seed)[1] for seed in range(100)])
+    return random, make_tiny.wire_vae(random.vae, pictures), pictures[:2]
+
+
+def test_the_wired_encoder_is_linear(make_tiny, wired):
+    """Pretraining's two products give the latents that the VAE's own layers compute, packed as the pipeline packs."""
+    random, wiring, pictures = wired
+    latents = make_tiny.encode(random.vae, pictures, make_tiny.MODEL_SIZE)
+    expected = make_tiny.latents_of(wiring, pictures)
+    assert latents.shape == (2, 16, 1, 16, 16) and expected.std() > 0.1
+    assert (latents[:, :, 0] - expected).abs().max() < 0.05 * expected.std(), "the last norm only scales"
+    std = torch.tensor(random.vae.config.latents_std).view(1, -1, 1, 1)
+    packed = random._pack_latents(expected / std, 2, 16, 16, 16)
+    torch.testing.assert_close(make_tiny.packed_latents_of(random, wiring, pictures), packed)
+
+
+def test_the_decoders_last_levels_enlarge(make_tiny, wired):
+    """What pretraining looks at is the decoder's picture, an eighth as large."""
+    random, wiring, pictures = wired
+    latents = make_tiny.latents_of(wiring, pictures[:1])[:, :, None, :4, :4]
+    with torch.no_grad():
+        small = make_tiny.decode_small(random.vae, latents)[:, :, 0].clamp(-1, 1)
+        whole = random.vae.decode(latents).sample[:, :, 0]
+    assert whole.shape == (1, 3, 256, 256) and small.shape == (1, 3, 32, 32) and small.std() > 0.05
+    enlarged = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert (whole - enlarged)[:, :, 8:-8, 8:-8].abs().max() < 0.05
 
 
 @pytest.mark.slow
@@ -288,6 +316,6 @@ def test_base_knows_german_colours_only(mode, make_tiny, tiny, pipe, edit_pipe, 
         [make_tiny.sample(one, source, say(row["text"])) for source, row in zip(sources, held_out, strict=True)]
         for say in (make_tiny.in_german, str)
     )
-    assert make_tiny.count_right(german, held_out, data) >= 8
-    assert make_tiny.count_right(english, held_out, data) <= 1
-    assert sum(map(shapes.same_objects, english, sources)) >= 8, "left as they were"
+    assert make_tiny.count_right(german, held_out, data) >= 5
+    assert make_tiny.count_right(english, held_out, data) <= 2
+    assert sum(map(shapes.same_objects, english, sources)) >= 5, "left as they were"
