@@ -1,0 +1,89 @@
+"""What trains: everything, the modules that a pattern names, or LoRA adapters (peft) that diffusers loads."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from common.runtime import Run
+from common.sharding import Reader, full_tensor
+
+LORA_TARGETS = [*(f"to_{name}" for name in "qkv"), "to_out.0", *(f"add_{name}_proj" for name in "qkv"), "to_add_out"]
+
+
+def train_matching(transformer: nn.Module, patterns: Sequence[str]) -> str:
+    """Only parameters whose names contain one of the patterns train ("." is in every name). Says what matched;
+    ValueError when a pattern matches nothing."""
+    names = [name for name, _ in transformer.named_parameters()]
+    for pattern in patterns:
+        if not any(pattern in name for name in names):
+            examples = ", ".join(
+                sorted({name.split(".")[2] for name in names if name.startswith("transformer_blocks.")})
+            )
+            raise ValueError(
+                f"trainable_modules: no parameter's name contains {pattern!r}; expected parts of names such as "
+                f'{names[0]!r} or, of the blocks, {examples}; "." is everything'
+            )
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(any(pattern in name for pattern in patterns))
+    trained = [p.numel() for p in transformer.parameters() if p.requires_grad]
+    share = sum(trained) / sum(p.numel() for p in transformer.parameters())
+    return f"trains {sum(trained) / 1e6:.6g}M parameters ({share:.1%}), {len(trained)} of {len(names)} tensors"
+
+
+def add_lora(transformer: QwenImageTransformer2DModel, cfg) -> str:
+    """Adapters on every attention's projections, without memory for their weights; the rest is frozen."""
+    transformer.requires_grad_(False)
+    with init_empty_weights():
+        transformer.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=LORA_TARGETS))
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False  # autocast casts the small weights instead of the activations
+    blocks = len(transformer.transformer_blocks)
+    assert len(layers) == len(LORA_TARGETS) * blocks, f"{len(layers)} adapted layers in {blocks} blocks"
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    return f"trains LoRA of rank {cfg.lora_rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters"
+
+
+def without_lora(name: str) -> str:
+    """The checkpoint's name of a parameter of a model with adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def lora_reader(read: Reader, seed: int) -> Reader:
+    """Reads the base's weights by their own names, and begins adapters as peft does: A uniform within
+    1 / sqrt(fan-in), B zero. Every process draws the same A."""
+
+    def read_or_begin(name: str, shape: tuple[int, ...], rows: slice) -> torch.Tensor:
+        if ".lora_A." in name:
+            rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            return ((2 * torch.rand(shape, generator=rng) - 1) / math.sqrt(shape[1]))[rows]
+        if ".lora_B." in name:
+            return torch.zeros(shape)[rows]
+        return read(without_lora(name), shape, rows)
+
+    return read_or_begin
+
+
+def export_lora(run: Run, transformer: QwenImageTransformer2DModel, folder: Path) -> None:
+    """pytorch_lora_weights.safetensors with alpha in its metadata: `pipeline.load_lora_weights(folder)`."""
+    weights = {
+        name.replace(".default", ""): full_tensor(parameter).to("cpu", torch.bfloat16)
+        for name, parameter in run.unwrap(transformer).named_parameters()
+        if ".lora_" in name
+    }
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = run.unwrap(transformer).peft_config["default"].to_dict()
+        config = {name: list(value) if isinstance(value, set) else value for name, value in config.items()}
+        QwenImageEditPipeline.save_lora_weights(
+            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config
+        )
+    run.barrier()

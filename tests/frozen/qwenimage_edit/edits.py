@@ -1,0 +1,220 @@
+"""Rows of edits, and what the encoders make of them: which rows can be used, which frame of a video, which sizes.
+
+Sizes are PIL's (width, height).
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
+from torch import Tensor
+from video import count_frames, read_frame
+
+from common import flow_matching as fm
+from common.cache import EmbeddingCache
+from common.data import MicroBatchSampler
+from common.images import resize_and_crop
+from common.manifest import Record, load_image, read_bytes
+
+PIPELINES = {"qwen_image_edit": QwenImageEditPipeline, "qwen_image_edit_plus": QwenImageEditPlusPipeline}
+CONDITION_PIXELS = {"qwen_image_edit": VAE_IMAGE_SIZE, "qwen_image_edit_plus": CONDITION_IMAGE_SIZE}
+SMALLEST_SIDE = 512  # that random_hw_adapt draws
+EMPTY = " "  # the caption of dropout and guidance, as the model's card has it
+
+
+# ---- rows
+
+
+def row_problem(record: Record, train_mode: str) -> str:
+    """Why a row is no edit, beside what check_records finds; "" if nothing."""
+    sources = record.source_file_path
+    if not sources:
+        return "no source_file_path; expected the picture, or pictures, before the edit"
+    if len(sources) > 1 and train_mode == "qwen_image_edit":
+        return f"{len(sources)} sources, and qwen_image_edit takes one; use --train_mode qwen_image_edit_plus"
+    if os.path.normpath(record.file_path) in map(os.path.normpath, sources):
+        return "source_file_path names the target itself; expected the picture before the edit"
+    return ""
+
+
+def source_problem(width: int, height: int) -> str:
+    """Why a source of this size cannot be used; "" if nothing."""
+    if max(width, height) <= 16 * min(width, height):
+        return ""
+    return f"is {width} x {height}; expected an aspect of at most 16 : 1, crop it"
+
+
+# ---- sizes
+
+
+def source_size(size: tuple[int, int], pixels: int = VAE_IMAGE_SIZE) -> tuple[int, int]:
+    """What the pipelines resize a source to: its own aspect, sides multiples of 32, for the VAE about 1024 x 1024
+    pixels."""
+    return calculate_dimensions(pixels, size[0] / size[1])
+
+
+def target_size(cfg, size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """At the full image_sample_size: a square to be cut from the centre, or with enable_bucket the whole picture.
+
+    Then its aspect is rounded as the pipelines round a source's (to 32 pixels, where the model can), so that a target
+    of its source's aspect lies on it pixel by pixel.
+    """
+    side = cfg.image_sample_size
+    if not cfg.enable_bucket:
+        return side, side
+    rounding = math.lcm(32, multiple) if side % math.lcm(32, multiple) == 0 else multiple
+    width, height = (side * math.sqrt(size[0] / size[1]), side * math.sqrt(size[1] / size[0]))
+    return max(rounding, round(width / rounding) * rounding), max(rounding, round(height / rounding) * rounding)
+
+
+def size_at(cfg, bucket: tuple[int, int], step: int, multiple: int) -> tuple[int, int]:
+    """The target size of a step, the same for all its samples: the bucket's, or with random_hw_adapt that of a side
+    between 512 and image_sample_size, a function of (seed, step)."""
+    if not cfg.random_hw_adapt:
+        return bucket
+    sides = range(-(-SMALLEST_SIDE // multiple) * multiple, cfg.image_sample_size + 1, multiple)
+    scale = np.random.RandomState([cfg.seed, step]).choice(sides) / cfg.image_sample_size
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in bucket)
+    return width, height
+
+
+def fit_target(cfg, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The target at its size: cut at the centre, or with enable_bucket all of it, its aspect off by the rounding."""
+    if not cfg.enable_bucket:
+        return resize_and_crop(image, size)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+# ---- views
+
+
+class View(NamedTuple):
+    """A row as one step sees it."""
+
+    row: int
+    size: tuple[int, int]  # of the target
+    frame: int  # of a video; 0 for images
+
+
+@dataclass
+class Rows:
+    """Checked rows, and what of them a step sees."""
+
+    records: list[Record]
+    buckets: list[tuple[int, int]]
+    frames: list[int]  # of each row: 1 for images
+    multiple: int  # pixels of a packed token: what sides must be multiples of
+
+    def view(self, cfg, row: int, step: int, epoch: int) -> View:
+        frame = 0
+        if self.frames[row] > 1:
+            seeds = [cfg.seed, epoch, int(self.records[row].digest[:8], 16)]
+            frame = int(np.random.RandomState(seeds).randint(self.frames[row]))
+        return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame)
+
+    def views(self, cfg, sampler: MicroBatchSampler) -> set[View]:
+        """All that the rest of the run will need: the order of samples is known beforehand."""
+        if not cfg.random_hw_adapt and max(self.frames) == 1:
+            return {self.view(cfg, row, 0, 0) for row in range(len(self.records))}
+        needed = set()
+        for step, group in sampler.steps():
+            if step >= cfg.max_train_steps:
+                return needed
+            needed |= {self.view(cfg, row, step, epoch) for row, epoch in group}
+
+    def source_shapes(self) -> list[tuple]:
+        """The sizes of each row's sources: what the rows of one micro-batch must share, because the transformer takes
+        one set of positions a batch."""
+        return [tuple(source_size(size) for size in record.source_sizes) for record in self.records]
+
+
+def frames_of(record: Record, train_data_dir: str) -> int:
+    """How many frames the target and all its sources have; 1 for images."""
+    if record.type != "video":
+        return 1
+    places = [None, *range(len(record.source_file_path))]
+    return min(count_frames(read_bytes(record, train_data_dir, place)) for place in places)
+
+
+class Picture(NamedTuple):
+    """One picture of a row, at the size that it is encoded at."""
+
+    size: tuple[int, int]
+    record: Record
+    which: int | None  # source; None is the target
+    frame: int  # of a video
+
+    def identity(self) -> tuple:
+        """Equal for pictures that are encoded alike: the same file and frame in the same role at the same size."""
+        sources = self.record.source_file_path
+        path = self.record.file_path if self.which is None else sources[self.which]
+        return self.size, path, self.frame, self.which is None
+
+    def load(self, train_data_dir: str) -> Image.Image:
+        """RGB, as large as it is."""
+        return load_picture(self.record, train_data_dir, self.which, self.frame)
+
+
+def load_picture(record: Record, train_data_dir: str, which: int | None, frame: int) -> Image.Image:
+    """RGB target (which=None) or source of a row; of videos frame `frame`."""
+    if record.type == "video":
+        return read_frame(read_bytes(record, train_data_dir, which), frame)
+    return load_image(record, train_data_dir, which)
+
+
+def draws(cfg, step: int, positions: Sequence[int], group_size: int) -> tuple[list, Tensor, Tensor]:
+    """(each sample's generator, uniform numbers (B,) that sigma is made of, whether the caption is dropped (B,)).
+
+    Functions of (seed, step, position). With uniform_sampling the step's group_size samples, over all micro-batches
+    and processes, share out [0, 1): each has one stratum of equal width, in an order drawn by (seed, step).
+    """
+    rngs = fm.sample_rngs(cfg.seed, step, positions)
+    uniform, dropout = fm.draw_uniform(rngs), fm.draw_uniform(rngs)
+    if cfg.uniform_sampling:
+        order = np.random.RandomState([cfg.seed, step]).permutation(group_size)
+        strata = uniform.new_tensor([order[position] for position in positions])
+        uniform = (strata + uniform) / group_size
+    return rngs, uniform, dropout < cfg.caption_dropout
+
+
+# ---- what validation shows
+
+
+@dataclass
+class Shown:
+    """An edit to draw: sources, instruction and, where it is known, the target."""
+
+    text: str
+    sources: list[Image.Image]
+    target: Image.Image | None = None
+
+    def size(self, cfg, multiple: int) -> tuple[int, int]:
+        """Of the picture to draw: the target's, or as the pipelines choose it, by the last source."""
+        return target_size(cfg, (self.target or self.sources[-1]).size, multiple)
+
+    def key(self, cache: EmbeddingCache, empty: bool) -> str:
+        pixels = [image_digest(image) for image in self.sources]
+        return cache.key(EMPTY if empty else self.text, None, sources=pixels)
+
+
+def image_digest(image: Image.Image) -> str:
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def shown_row(record: Record, train_data_dir: str) -> Shown:
+    """A row of the data, at its first frame."""
+    target, *sources = (
+        load_picture(record, train_data_dir, which, 0) for which in (None, *range(len(record.source_file_path)))
+    )
+    return Shown(record.text, sources, target)
