@@ -330,7 +330,7 @@ def test_published_flags_are_taken_verbatim(train):
         output_dir="output_dir_qwenimage_edit", gradient_checkpointing=True, mixed_precision="bf16",
         adam_weight_decay=0.03, adam_epsilon=1e-10, vae_mini_batch=1, max_grad_norm=0.05, enable_bucket=True,
         random_hw_adapt=True, uniform_sampling=True, trainable_modules=(".",), train_mode="qwen_image_edit",
-        resume_from_checkpoint="latest", use_8bit_adam=True, optimizer="adamw_8bit", report_to="wandb",
+        resume_from_checkpoint="latest", use_8bit_adam=True, report_to="wandb",
         validation_steps=100, validation_epochs=500, validation_image_paths=("asset/8.jpg",),
         validation_prompts=("1girl, black_hair, solo",),
     )  # fmt: skip
@@ -340,9 +340,14 @@ def test_published_flags_are_taken_verbatim(train):
     assert changed <= expected.keys(), "a flag that sets something else too"
 
 
-def test_8bit_adam_is_one_optimizer(train):
-    """Catches two settings of the optimizer of which one wins silently."""
-    assert train.Config(train_data_dir="/", use_8bit_adam=True).optimizer == "adamw_8bit"
+def test_8bit_adam_is_one_optimizer(train, monkeypatch):
+    """Catches a flag that does nothing, and two settings of the optimizer of which one wins silently."""
+    given = []
+    monkeypatch.setattr(train, "resolve_paths", lambda cfg, *more: given.append(cfg.optimizer) or 1 / 0)
+    for flags in ([], ["--use_8bit_adam"], ["--use_8bit_adam", "--optimizer", "adamw_8bit"]):
+        with pytest.raises(ZeroDivisionError):
+            train.main(["--train_data_dir", "/", *flags])
+    assert given == ["adamw", "adamw_8bit", "adamw_8bit"]
     with pytest.raises(ValueError, match="use_8bit_adam means --optimizer adamw_8bit, got --optimizer adafactor too"):
         train.Config(train_data_dir="/", use_8bit_adam=True, optimizer="adafactor")
 
