@@ -178,7 +178,7 @@ def test_without_validation_best_is_final(train, config, tmp_path):
 
 def test_an_epoch_is_the_default_between_validations(train, config, tmp_path):
     """Catches epochs that forget the retention rows: 48 + 21 rows in steps of 8 are 8.6, so 9 steps."""
-    flags = ["--max_train_steps", 10, "--validation_epochs", 1, "--validation_steps", 5, "--max_validation_rows", 2]
+    flags = ["--max_train_steps", 10, "--validation_epochs", 1, "--validation_steps", 50, "--max_validation_rows", 2]
     run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
     assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 9, 10]
     flags = ["--num_train_epochs", 1, "--lr_warmup_ratio", 0.3]
