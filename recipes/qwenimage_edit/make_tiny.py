@@ -11,8 +11,8 @@ colours only ("make the circle rot") and leaves the picture as it is when the in
 fine-tuning teaches those. DIR/data holds edits (train.json) that leave out some pairs of new colour and shape; those
 make the held-out edits (validation.json).
 
-The shipped weights were trained on a CPU: the decoder for 500 steps of 8, the transformer for 2600 steps of 16 and then
-for 3200 more on other edits. The base then recolours every shape of a picture, also where two stand in it.
+The shipped weights were trained on a CPU: the decoder for 500 steps of 8, the transformer for 2600 steps of 16 and
+then for 3200 more on other edits. The base then recolours every shape of a picture, also where two stand in it.
 """
 
 import argparse
