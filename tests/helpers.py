@@ -16,6 +16,7 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -128,6 +129,50 @@ def start_command(command: Sequence[object], **environment: str) -> subprocess.P
 def launch(recipe: Path, strategy: str | Path, processes: int, argv: Sequence[object], **environment: str) -> Launched:
     """Run a recipe through its launch file and wait for it."""
     return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
+
+
+class NamedRuns:
+    """Runs of a test module by name, each done once, when a test first asks for it. flags: of every run."""
+
+    def __init__(self, train: ModuleType, recipe: Path, config: Path, folder: Path, flags: Sequence[object] = ()):
+        self.train, self.recipe, self.config, self.folder, self.flags = train, recipe, config, folder, flags
+        self.done: dict[str, Path] = {}
+        self.output: dict[str, str] = {}  # of launched runs, failed ones too
+
+    def argv(self, name: str, flags: Sequence[object]) -> list[object]:
+        return ["--config", self.config, "--output_dir", self.folder / name, *self.flags, *flags]
+
+    def single(self, name: str, *flags: object) -> Path:
+        """The output_dir of a run as one process, in this one."""
+        if name not in self.done:
+            run_main(self.train, self.argv(name, flags))
+            self.done[name] = self.folder / name
+        return self.done[name]
+
+    def launched(self, name: str, strategy: str | Path, *flags: object, processes: int = 2) -> Path:
+        """The output_dir of a run through a launch file. A run that failed is not tried again."""
+        if name not in self.done:
+            assert name not in self.output, f"{name} failed before: {self.output[name][-500:]}"
+            ended = launch(self.recipe, strategy, processes, self.argv(name, flags))
+            self.output[name] = ended.output
+            ended.check()
+            self.done[name] = self.folder / name
+        return self.done[name]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files: of an export, a model's part, or a checkpoint's model."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal_within_bf16(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Two exports of runs that differ in the last bits of float32: the same but for a step of bf16 here and there."""
+    assert ours.keys() == theirs.keys() and theirs
+    for name, tensor in theirs.items():
+        a, b = ours[name].float(), tensor.float()
+        assert ours[name].dtype == tensor.dtype == torch.bfloat16
+        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
+        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:

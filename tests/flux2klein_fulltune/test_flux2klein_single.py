@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import ROOT, column, largest_difference, load_script, read_rows, run_main
+from helpers import ROOT, column, largest_difference, load_script, read_rows, run_main, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from common.optimizers import check_optimizer
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
 STEPS = 6
 KEPT = ["--max_train_steps", STEPS, "--checkpointing_steps", 3, "--ema_decay", 0.9, "--export_model"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files: of an export, a model's part, or a checkpoint's model."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")

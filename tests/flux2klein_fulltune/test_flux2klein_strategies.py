@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import column, largest_difference, launch, read_rows, run_main
+from helpers import NamedRuns, column, largest_difference, launch, read_rows, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from common import zero_to_bf16
 
@@ -23,32 +22,7 @@ FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--export_m
 STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
 
 
-class Runs:
-    """Runs of this module by name, each launched once, when a test first asks for it."""
-
-    def __init__(self, train, recipe: Path, config: Path, folder: Path):
-        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
-        self.done: dict[str, Path] = {}
-        self.output: dict[str, str] = {}
-
-    def single(self, name: str = "single", *flags: object) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
-            self.done[name] = out
-        return self.done[name]
-
-    def launched(self, name: str, strategy: str, *flags: object) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
-            assert name not in self.output, f"{name} failed before: {self.output[name][-500:]}"
-            ended = launch(self.recipe, strategy, 2, argv)
-            self.output[name] = ended.output
-            ended.check()
-            self.done[name] = out
-        return self.done[name]
-
+class Runs(NamedRuns):
     def reference(self) -> Path:
         """One process with the settings of `full`."""
         return self.single("single", *FULL)
@@ -60,11 +34,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(train, recipe, config, tmp_path_factory) -> Runs:
-    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"), ["--max_train_steps", STEPS])
 
 
 # ---- one step is the same step everywhere

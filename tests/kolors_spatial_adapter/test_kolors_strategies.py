@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import column, largest_difference, launch, read_rows, run_main
+from helpers import NamedRuns, column, largest_difference, read_rows
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -21,28 +21,9 @@ ACCUMULATED = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--m
 SPLIT_ACCUMULATED = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", STEPS]
 
 
-class Runs:
-    """Runs by name, each done once, when a test first asks for it."""
-
-    def __init__(self, train, recipe: Path, config: Path, folder: Path):
-        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
-
-    def single(self, name: str, *flags: object) -> Path:
-        out = self.folder / name
-        if not out.exists():
-            run_main(self.train, ["--config", self.config, "--output_dir", out, *flags])
-        return out
-
-    def launched(self, name: str, strategy: str, *flags: object) -> Path:
-        out = self.folder / name
-        if not out.exists():
-            launch(self.recipe, strategy, 2, ["--config", self.config, "--output_dir", out, *flags]).check()
-        return out
-
-
 @pytest.fixture(scope="module")
-def runs(train, recipe, config, tmp_path_factory) -> Runs:
-    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
+def runs(train, recipe, config, tmp_path_factory) -> NamedRuns:
+    return NamedRuns(train, recipe, config, tmp_path_factory.mktemp("strategies"))
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:

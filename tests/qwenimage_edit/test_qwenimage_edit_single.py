@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main
+from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,11 +22,6 @@ KEPT = ["--max_train_steps", STEPS, "--checkpointing_steps", 3, "--ema_decay", 0
 LORA = ["--lora_rank", 4, "--lora_alpha", 32, "--learning_rate", 0.01]
 
 pytestmark = pytest.mark.slow  # encoding a source costs a second or two
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files: of an export, a model's part, or a checkpoint's model."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from helpers import column, largest_difference, launch, read_rows, run_command, run_main
+from helpers import (
+    NamedRuns,
+    assert_equal_within_bf16,
+    column,
+    largest_difference,
+    launch,
+    read_rows,
+    run_command,
+    weights,
+)
 from PIL import Image
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -37,32 +45,7 @@ LORA = [
 STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
 
 
-class Runs:
-    """Runs of this module by name, each launched once, when a test first asks for it."""
-
-    def __init__(self, train, recipe: Path, config: Path, folder: Path):
-        self.train, self.recipe, self.config, self.folder = train, recipe, config, folder
-        self.done: dict[str, Path] = {}
-        self.output: dict[str, str] = {}
-
-    def single(self, name: str = "single", *flags: object) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
-            self.done[name] = out
-        return self.done[name]
-
-    def launched(self, name: str, strategy: str, *flags: object) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
-            assert name not in self.output, f"{name} failed before: {self.output[name][-500:]}"
-            ended = launch(self.recipe, strategy, 2, argv)
-            self.output[name] = ended.output
-            ended.check()
-            self.done[name] = out
-        return self.done[name]
-
+class Runs(NamedRuns):
     def reference(self) -> Path:
         """One process with the settings of `full`."""
         return self.single("single", *FULL)
@@ -75,21 +58,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(train, recipe, config, tmp_path_factory) -> Runs:
-    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """The same but for a step of bf16 here and there."""
-    assert ours.keys() == theirs.keys() and theirs
-    for name, tensor in theirs.items():
-        a, b = ours[name].float(), tensor.float()
-        assert ours[name].dtype == tensor.dtype == torch.bfloat16
-        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
-        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
+    return Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"), ["--max_train_steps", STEPS])
 
 
 def assert_same_validation(ours: Path, single: Path) -> None:
@@ -128,7 +97,7 @@ def test_losses_are_those_of_one_process(runs, strategy):
 def test_exports_are_equal(runs, strategy):
     """Catches an export of half the weights, of stale ones, or of the trained ones where averages are kept (EMA)."""
     ours, theirs = (weights(folder / "export/transformer") for folder in (runs.full(strategy), runs.reference()))
-    assert_close(ours, theirs)
+    assert_equal_within_bf16(ours, theirs)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -192,7 +161,7 @@ def test_lora(runs, strategy, model_folder):
     assert largest_difference(column(ours), column(single)) < 1e-4
     assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
     assert_same_validation(ours, single)
-    assert_close(*(weights(folder / "export/lora") for folder in (ours, single)))
+    assert_equal_within_bf16(*(weights(folder / "export/lora") for folder in (ours, single)))
     pipeline = QwenImageEditPlusPipeline.from_pretrained(model_folder)
     pipeline.load_lora_weights(ours / "export/lora")
     assert pipeline.transformer.peft_config["default_0"].lora_alpha == 16

@@ -14,15 +14,9 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, load_script, read_rows, run_command, run_main
-from safetensors.torch import load_file
+from helpers import ROOT, column, largest_difference, load_script, read_rows, run_command, run_main, weights
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files: of an export, a model's part, or a checkpoint's model."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 # ---- resume and stop

@@ -12,17 +12,18 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from helpers import (
     Launched,
+    NamedRuns,
     accelerate_command,
+    assert_equal_within_bf16,
     column,
     largest_difference,
     launch,
     read_rows,
-    run_main,
     start_command,
     wait_for,
+    weights,
 )
 from PIL import Image
-from safetensors.torch import load_file
 
 from common import zero_to_bf16
 
@@ -50,32 +51,8 @@ STRATEGIES = [
 ]
 
 
-class Runs:
-    """Runs of this module by name, each launched once, when a test first asks for it."""
-
-    def __init__(self, train, recipe: Path, config: Path, model_folder: Path, folder: Path):
-        self.train, self.recipe, self.config, self.model_folder = train, recipe, config, model_folder
-        self.folder = folder
-        self.done: dict[str, Path] = {}
-        self.failed: dict[str, str] = {}
-
-    def single(self, name: str = "single", *flags: object) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            run_main(self.train, ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags])
-            self.done[name] = out
-        return self.done[name]
-
-    def launched(self, name: str, strategy: str | Path, *flags: object, processes: int = 2) -> Path:
-        if name not in self.done:
-            out = self.folder / name
-            argv = ["--config", self.config, "--output_dir", out, "--max_train_steps", STEPS, *flags]
-            assert name not in self.failed, f"{name} failed before: {self.failed[name]}"
-            ended = launch(self.recipe, strategy, processes, argv)
-            self.failed |= {name: ended.output[-500:]} if ended.returncode else {}
-            ended.check()
-            self.done[name] = out
-        return self.done[name]
+class Runs(NamedRuns):
+    model_folder: Path  # of the base that they begin with
 
     def reference(self, strategy: str = "ddp") -> Path:
         """One process with the settings of `full(strategy)`."""
@@ -91,11 +68,9 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(train, recipe, config, model_folder, tmp_path_factory) -> Runs:
-    return Runs(train, recipe, config, model_folder, tmp_path_factory.mktemp("strategies"))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    runs = Runs(train, recipe, config, tmp_path_factory.mktemp("strategies"), ["--max_train_steps", STEPS])
+    runs.model_folder = model_folder
+    return runs
 
 
 def trained_weights(runs: Runs, strategy: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -111,16 +86,6 @@ def trained_weights(runs: Runs, strategy: str, folder: Path) -> dict[str, torch.
     unused = {name for name, tensor in before.items() if torch.equal(after[name], tensor)}
     assert len(unused) == 6, unused
     return {name: tensor for name, tensor in exported.items() if name not in unused}
-
-
-def assert_equal_within_bf16(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Two exports of runs that differ in the last bits of float32: the same but for a step of bf16 here and there."""
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        a, b = ours[name].float(), tensor.float()
-        assert ours[name].dtype == tensor.dtype == torch.bfloat16
-        assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
-        assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
 
 
 # ---- one step is the same step everywhere
