@@ -98,8 +98,8 @@ def step_groups(
     seed: int,
     segments: Sequence[Sequence[int | None]],
     shape_ids: Sequence | None = None,
-) -> Iterator[list[int]]:
-    """Groups of sample indices, one an optimizer step, each of one bucket.
+) -> Iterator[list[tuple[int, int]]]:
+    """Groups of (sample, epoch it is dealt for, from 0), one an optimizer step, each of one bucket.
 
     The epochs' permutations, one after the other, are dealt to the buckets; a bucket that holds a whole group lets
     it go, and leftovers wait for the next epoch, so that in the long run every sample is seen equally often. segments:
@@ -107,17 +107,6 @@ def step_groups(
     shape_ids: what samples of one micro-batch must have in common beside their bucket; then a segment is [group_size,
     n_groups, batch_size], and the group's micro-batches lie one after the other.
     """
-    for group in epoch_groups(bucket_ids, seed, segments, shape_ids):
-        yield [sample for sample, _ in group]
-
-
-def epoch_groups(
-    bucket_ids: Sequence,
-    seed: int,
-    segments: Sequence[Sequence[int | None]],
-    shape_ids: Sequence | None = None,
-) -> Iterator[list[tuple[int, int]]]:
-    """As step_groups, each sample with the epoch, from 0, that it is dealt for: [(sample, epoch), ...]."""
     if not len(bucket_ids):
         raise ValueError("zero samples; expected at least one row after the check of the data")
     dealer = _Dealer(bucket_ids, shape_ids, _stream(len(bucket_ids), seed))
@@ -196,7 +185,7 @@ class MicroBatchSampler(Sampler[list[Place]]):
     def steps(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """(step, [(sample, epoch), ...]) of all processes, endless: what a run will need, known before it starts."""
         segments = [*self.segments, (self.group_size, None, self.equal_shapes)]
-        groups = epoch_groups(self.bucket_ids, self.seed, segments, self.shape_ids)
+        groups = step_groups(self.bucket_ids, self.seed, segments, self.shape_ids)
         yield from enumerate(groups, start=self.start_step)
 
 

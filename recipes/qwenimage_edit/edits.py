@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +167,7 @@ class Picture(NamedTuple):
         return load_picture(self.record, train_data_dir, self.which, self.frame)
 
 
+@lru_cache(maxsize=8)  # a row's prompt and its empty prompt ask for the same sources, one after the other
 def load_picture(record: Record, train_data_dir: str, which: int | None, frame: int) -> Image.Image:
     """RGB target (which=None) or source of a row; of videos frame `frame`."""
     if record.type == "video":

@@ -1,7 +1,7 @@
 """Builds the embedded tiny Qwen-Image-Edit: a checkpoint of the real classes and drawn edits. Nothing is downloaded.
 
     python make_tiny.py --output_dir DIR   writes DIR/model and DIR/data in seconds; nothing when they are up to date
-    python make_tiny.py --pretrain         makes tiny_weights.safetensors (minutes on a GPU)
+    python make_tiny.py --pretrain         makes tiny_weights.safetensors (half an hour on a CPU core)
 
 DIR/model is in diffusers' layout and opens with the unmodified QwenImageEditPlusPipeline, whose name it carries, and
 by from_pretrained with QwenImageEditPipeline. The pipelines enlarge every source to about 1024 x 1024 pixels; a VAE of
@@ -328,11 +328,6 @@ def wire_block(block: torch.nn.Module, weights: torch.Tensor, bias: torch.Tensor
         conv.bias.data.zero_()
     if isinstance(block.conv_shortcut, torch.nn.Conv3d):
         wire(block.conv_shortcut, weights, bias)
-
-
-def plus_minus(n: int) -> torch.Tensor:
-    """(2n, n): x -> (x, -x). Behind SiLU their difference is x again: silu(x) - silu(-x) = x."""
-    return torch.cat([torch.eye(n), -torch.eye(n)])
 
 
 class Linear(NamedTuple):
@@ -724,7 +719,7 @@ def make(output_dir: Path, weights: Path = WEIGHTS) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="where model/ and data/ go")
-    parser.add_argument("--pretrain", action="store_true", help="train the VAE and the base, write the weights")
+    parser.add_argument("--pretrain", action="store_true", help="train the decoder and the base, write the weights")
     parser.add_argument("--pretrain_scale", type=float, default=1.0, help="share of the work to do, for a trial")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the file of weights, written and read")
     args = parser.parse_args()

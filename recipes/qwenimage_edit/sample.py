@@ -17,11 +17,10 @@ sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "comm
 
 import torch
 import yaml
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
+from edits import EMPTY, PIPELINES
 
 from common.images import decode_image
-
-PIPELINES = {"qwen_image_edit": QwenImageEditPipeline, "qwen_image_edit_plus": QwenImageEditPlusPipeline}
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, help="folder of LoRA weights; RUN/export/lora where the run has it")
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more instructions")
     parser.add_argument("--image", nargs="+", type=Path, required=True, help="source pictures, used for every prompt")
-    parser.add_argument("--negative_prompt", default=" ", help="what guidance leads away from")
+    parser.add_argument("--negative_prompt", default=EMPTY, help="what guidance leads away from")
     parser.add_argument(
         "--output",
         type=Path,
