@@ -14,6 +14,7 @@ import torch
 from adapter import Layout, SpatialAdapter, make_layout
 from boxes import coverage
 from diffusers import UNet2DConditionModel
+from graphs import UNetGraphs
 from layouts import IGNORE
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -223,6 +224,7 @@ class SpatialModel(nn.Module):
     ):
         super().__init__()
         self.unet, self.adapter, self.box_loss_weight = unet.requires_grad_(False), adapter, box_loss_weight
+        self.graphs: UNetGraphs | None = None
         feature_width = unet.config.block_out_channels[-1]  # of both parts that features are taken from
         self.captioning = self.retrieval = None
         if "captioning" in modes:
@@ -254,5 +256,7 @@ class SpatialModel(nn.Module):
     def unet_with(self, layout: Layout | None, function, *arguments: object) -> Tensor:
         """Call function(unet, ...) with a layout, or without any. The layout stays: recomputation in backward
         (gradient checkpointing) must find what the forward saw."""
+        if self.graphs is not None and self.training:
+            return self.graphs(layout, function, *arguments)
         self.adapter.layout = layout
         return function(self.unet, *arguments)

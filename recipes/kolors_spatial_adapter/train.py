@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ from diffusers import AutoencoderKL, KolorsPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from graphs import UNetGraphs
 from layouts import (
     LayoutRow,
     LayoutSamples,
@@ -53,6 +54,7 @@ from layouts import (
 )
 from modes import IMAGE_FEATURES, MODES, REGION_FEATURES, SpatialModel, predict_noise, unet_features
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import flow_matching as fm
@@ -152,6 +154,9 @@ class Config:
     """recompute activations in backward: less memory, a quarter more time"""
     compile: bool = False
     """torch.compile the repeated blocks (about a minute at the start, a third faster on an H100)"""
+    cuda_graphs: bool = False
+    """record the UNet's kernels once for each shape and mode and launch them together: for small batches, where a GPU
+    waits for launches"""
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """compute in bf16, or in fp16 with a loss scale (adapters on cards without bf16); "no" is float32 throughout"""
     max_train_steps: int = 1000
@@ -270,6 +275,8 @@ class Config:
             )
         if self.adapter_rank < 32 or self.adapter_rank % 32:
             raise ValueError(f"adapter_rank must be a positive multiple of 32, got {self.adapter_rank}; use 160, say")
+        if self.cuda_graphs and not torch.cuda.is_available():
+            raise ValueError("cuda_graphs needs a GPU, and there is none here; leave it out")
         if self.box_loss_weight <= 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")
         names = self.modes.split(",")
@@ -491,13 +498,19 @@ def load_unet(cfg: Config, run: Run, folder: Path | None, dtype: torch.dtype) ->
     read = safetensors_reader(folder / "unet", set(unet.state_dict())) if folder else random_reader(0, run.device)
     load_weights(unet.requires_grad_(False), read, dtype, run.device)
     if cfg.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        checkpoint_activations(unet)
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64  # modes, training and validation, and sizes: each is a variant
         for module in unet.modules():
             if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
                 module.compile()
     return unet
+
+
+def checkpoint_activations(unet: UNet2DConditionModel) -> None:
+    """Gradient checkpointing without saving generators' states, which CUDA graphs cannot read: nothing in the UNet is
+    random."""
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 def load_or_make_adapter(cfg: Config, unet: UNet2DConditionModel, vocabulary: list[int]) -> SpatialAdapter:
@@ -758,6 +771,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(cfg.seed)  # new weights are the same in every run and on every process
     adapter = load_or_make_adapter(cfg, unet, vocabulary)
     spatial_model = SpatialModel(unet, adapter, modes, cfg.retrieval_queue, cfg.box_loss_weight).to(run.device)
+    if cfg.cuda_graphs:
+        spatial_model.graphs = UNetGraphs(unet, adapter)
     run.print(describe_parameters(spatial_model))
     check_disk(run, cfg, sum(p.numel() for p in spatial_model.parameters() if p.requires_grad))
     unet_config, side = unet.to_json_string(), cfg.resolution // 8
