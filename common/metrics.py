@@ -270,6 +270,8 @@ def print_benchmark(run: Run, cfg) -> None:
         "data_wait": round(statistics.median(row["data_wait"] for row in rows), 4),
         "peak_memory_gib": round(max(row["peak_memory_gib"] for row in rows), 1),
     }
+    if run.device.type == "cuda":  # with what the allocator keeps, and CUDA graphs' memory between replays
+        result["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 1)
     print(json.dumps(result), flush=True)
 
 

@@ -1,10 +1,10 @@
 """Calls of the frozen UNet as CUDA graphs.
 
-At batch 1 a GPU waits for some ten thousand kernels to be launched one by one. A graph launches them all at once: the
-first call with new shapes records its kernels, forward and backward, and every later one copies its inputs to where the
-recorded kernels read them and replays. Losses, heads and optimizer stay as they are, and so do DDP and DeepSpeed, which
-see ordinary gradients. Every combination of mode and shape is a recording of its own; all share their memory, which is
-safe because a forward is followed by its own backward before anything else is replayed.
+At batch 1 a GPU waits for some ten thousand kernels a step to be launched one by one. A graph launches them all at
+once: the first call with new shapes records its kernels, forward and backward, and every later one copies its inputs
+to where the recorded kernels read them, and replays. Losses, heads and optimizer stay as they are, and so do DDP and
+DeepSpeed, which see ordinary gradients. Every combination of mode and shape is a recording of its own; all share
+their memory, which is safe because a forward is followed by its own backward before anything else is replayed.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ class UNetGraphs:
     def __init__(self, unet: UNet2DConditionModel, adapter: SpatialAdapter):
         self.unet, self.adapter = unet, adapter
         self.recordings: dict[tuple, Recording] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        # memory is shared only by what was recorded on one stream; the default stream cannot be recorded
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.weights: list[Tensor] = []
         self.weight_grads = torch.empty(0)  # of all weights in one row; every recording leaves them here
 
@@ -92,17 +93,16 @@ class Recording:
         self.graphs = graphs
         self.inputs = {name: each.detach().clone().requires_grad_(each.requires_grad) for name, each in inputs.items()}
         wanted = [each for each in self.inputs.values() if each.requires_grad] + leaves
-        side = torch.cuda.Stream()  # the default stream cannot be recorded
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        graphs.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(graphs.stream):
             for _ in range(WARM_UP_CALLS):
                 output = call(self.inputs)
                 if output.requires_grad:
                     torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(graphs.stream)
 
         # thread_local: what other threads do meanwhile (pinned memory, NCCL's watchdog) is allowed
-        recorded = {"pool": graphs.pool, "stream": side, "capture_error_mode": "thread_local"}
+        recorded = {"pool": graphs.pool, "stream": graphs.stream, "capture_error_mode": "thread_local"}
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), None
         with torch.cuda.graph(self.forward_graph, **recorded):
             output = call(self.inputs)

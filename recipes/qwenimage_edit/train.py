@@ -375,6 +375,7 @@ class Models:
     scheduler_config: dict
     dtype: torch.dtype  # what the transformer computes in
     schedule: None = None  # the learning rate is a function of the step: no state to keep
+    trained_share: float = 1.0  # of the parameters
     data_digest: str = ""  # of rows and buckets, to notice on resume that the data changed
     ema: Ema | None = None
     vae: AutoencoderKLQwenImage | None = None
@@ -524,6 +525,7 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     image_tokens = target_tokens + sum(source.shape[-2] * source.shape[-1] // 4 for source in sources)
     prompt_tokens = max(len(prompt) for prompt in prompts)
     flops = len(latents) * forward_flops(models.transformer_config, image_tokens, prompt_tokens)
+    flops *= (2 + models.trained_share) / 3  # frozen weights have no gradients of their own
     return loss, {
         "latents_mean": latents.mean(),
         "latents_std": latents.std(),
@@ -668,6 +670,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         folder = on_main(run, model_folder, cfg.pretrained_model_name_or_path, PARTS)
     transformer = empty_transformer(cfg, run, folder)
+    trained_share = sum(p.numel() for p in transformer.parameters() if p.requires_grad) / transformer.num_parameters()
     state = read_state(resume) if resume else {"step": 0, "segments": []}
     if cfg.benchmark:
         prompt_width = transformer.config.joint_attention_dim
@@ -715,6 +718,7 @@ def main(argv: list[str] | None = None) -> None:
         transformer_config=transformer_config,
         scheduler_config=scheduler_config,
         dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32,
+        trained_share=trained_share,
         ema=Ema(transformer, cfg.ema_decay) if cfg.ema_decay else None,
     )
     if not cfg.benchmark:
