@@ -48,7 +48,8 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
     """Read `[--config FILE.yaml] [--flag value ...]` into a dataclass whose attribute docstrings are the help.
 
     Underscores and dashes are the same in flags; `--flag` and `--no-flag` set booleans. An unknown flag or YAML key
-    ends the program with the nearest known names; a rule broken in `__post_init__` raises its ValueError.
+    ends the program with the nearest known names; a rule broken in `__post_init__` raises its ValueError. Of
+    num_train_epochs and max_train_steps, both on the command line, the latter counts.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags: list[str] = []
@@ -68,6 +69,9 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
         cfg = tyro.cli(config_class, args=flags + argv, **options)
     finally:
         config_class.__post_init__ = rules
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if {"num_train_epochs", "max_train_steps"} <= given:
+        cfg.num_train_epochs = 0  # steps count when both are given, as in diffusers' scripts
     rules(cfg)
     return cfg
 

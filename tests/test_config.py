@@ -23,6 +23,8 @@ class Config:
     max_train_steps: int = 10
     """optimizer
     steps"""
+    num_train_epochs: int = 0
+    """passes over the data"""
     enable_bucket: bool = False
     """sort by aspect"""
     shuffle: bool = True
@@ -164,3 +166,13 @@ def test_help_on_the_command_line(tmp_path):
     command = [sys.executable, script, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "peak learning rate" in done.stdout and "--max_train_steps" in done.stdout, done
+
+
+def test_steps_count_when_the_command_line_gives_epochs_too(tmp_path):
+    """Catches a run of a hundred epochs that was told to take two steps, and a YAML's steps that hide epochs."""
+    (tmp_path / "c.yaml").write_text("max_train_steps: 7\n")
+    yaml = ["--config", str(tmp_path / "c.yaml")]
+    assert parse_config(Config, [*yaml, "--num_train_epochs", "3"]).num_train_epochs == 3
+    for flags in (["--num-train-epochs=3", "--max_train_steps", "2"], ["--max-train-steps=2", "--num_train_epochs=3"]):
+        cfg = parse_config(Config, [*yaml, *flags])
+        assert (cfg.num_train_epochs, cfg.max_train_steps) == (0, 2)

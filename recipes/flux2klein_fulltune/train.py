@@ -119,7 +119,7 @@ class Config:
     max_train_steps: int = 1000
     """optimizer steps"""
     num_train_epochs: int = 0
-    """when given, sets max_train_steps to this many passes over the data"""
+    """when given, sets max_train_steps to this many passes over the data, unless the command line gives both"""
     dataloader_num_workers: int = 2
     """processes that prepare batches ahead"""
 

@@ -325,7 +325,7 @@ def test_published_flags_are_taken_verbatim(train):
     expected = dict(
         pretrained_model_name_or_path="models/Qwen-Image-Edit", train_data_dir="datasets/internal_datasets/",
         train_data_meta="datasets/internal_datasets/metadata.json", train_batch_size=1, image_sample_size=1328,
-        gradient_accumulation_steps=1, dataloader_num_workers=8, num_train_epochs=100, max_train_steps=500,
+        gradient_accumulation_steps=1, dataloader_num_workers=8, num_train_epochs=0, max_train_steps=500,
         checkpointing_steps=50, learning_rate=2e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=100, seed=42,
         output_dir="output_dir_qwenimage_edit", gradient_checkpointing=True, mixed_precision="bf16",
         adam_weight_decay=0.03, adam_epsilon=1e-10, vae_mini_batch=1, max_grad_norm=0.05, enable_bucket=True,
@@ -338,6 +338,8 @@ def test_published_flags_are_taken_verbatim(train):
     plain_config = train.Config(train_data_dir="/")
     changed = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(plain_config, f.name)}
     assert changed <= expected.keys(), "a flag that sets something else too"
+    epochs_alone = [word for word in PUBLISHED.split() if "max_train_steps" not in word]
+    assert parse_config(train.Config, [*epochs_alone, "1girl"]).num_train_epochs == 100
 
 
 def test_8bit_adam_is_one_optimizer(train, monkeypatch):
