@@ -114,6 +114,7 @@ class Meter:
                 disable=not self.run.is_main,
                 dynamic_ncols=True,
                 desc="train",
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is not filled with bars
             )
         shown = {"skipped": self.skipped_steps} if self.skipped_steps else {}
         self.bar.set_postfix(
