@@ -2,7 +2,6 @@
 same through CUDA graphs."""
 
 import gc
-import importlib
 import math
 import weakref
 
@@ -348,11 +347,10 @@ def train_a_little(model, batches, names) -> tuple[list, list]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("names", [MODES, ("generation",)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_graphs_change_nothing(model, train, checkpointing, names, monkeypatch):
+def test_graphs_change_nothing(model, modes, train, checkpointing, names, monkeypatch):
     """Catches inputs, weights or boxes of the recording in place of those of the call, gradients that the next replay
     overwrites, shapes that share a recording, and memory of one recording in another."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    graphs = importlib.import_module("graphs")
     model.cuda()
     if checkpointing:
         train.checkpoint_activations(model.unet)
@@ -364,7 +362,7 @@ def test_graphs_change_nothing(model, train, checkpointing, names, monkeypatch):
     losses, gradients = train_a_little(model, [wide, square, other], names)
 
     model.load_state_dict(start)
-    model.graphs = graphs.UNetGraphs(model.unet, model.adapter)
+    model.graphs = modes.UNetGraphs(model.unet, model.adapter)
     recorded_losses, recorded_gradients = train_a_little(model, [wide, square, other], names)
     assert len(model.graphs.recordings) == len(names) * 2
     assert recorded_losses == pytest.approx(losses, rel=1e-4)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NamedRuns, column, largest_difference, read_rows
-from safetensors.torch import load_file
+from helpers import NamedRuns, column, largest_difference, read_rows, weights
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +26,7 @@ def runs(train, recipe, config, tmp_path_factory) -> NamedRuns:
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "export/adapter/adapter_model.safetensors")
+    return weights(folder / "export/adapter")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
