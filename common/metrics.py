@@ -108,13 +108,8 @@ class Meter:
                 draw_curves(self.folder)
                 self.curve_drawn = time.perf_counter()
         if self.bar is None:
-            self.bar = tqdm(
-                total=self.cfg.max_train_steps,
-                initial=step - 1,
-                disable=not self.run.is_main,
-                dynamic_ncols=True,
-                desc="train",
-                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is not filled with bars
+            self.bar = runtime.progress_bar(
+                desc="train", total=self.cfg.max_train_steps, initial=step - 1, disable=not self.run.is_main
             )
         shown = {"skipped": self.skipped_steps} if self.skipped_steps else {}
         self.bar.set_postfix(

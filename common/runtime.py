@@ -64,7 +64,7 @@ class Run:
 
     def progress(self, items: Sequence, title: str) -> Iterator:
         """A progress bar on the main process."""
-        return iter(tqdm(items, title, disable=not self.is_main, dynamic_ncols=True))
+        return iter(progress_bar(items, title, disable=not self.is_main))
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The bare model inside what the strategy wraps around it."""
@@ -73,6 +73,12 @@ class Run:
     def barrier(self) -> None:
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+def progress_bar(*arguments: Any, **settings: Any) -> tqdm:
+    """tqdm's, drawn every ten seconds where it goes to a log file, which bars would fill."""
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(*arguments, **settings, dynamic_ncols=True, mininterval=seconds)
 
 
 def set_up(cfg, recipe_dir: Path, backwards: int = 1, find_unused_parameters: bool = True) -> Run:

@@ -48,7 +48,7 @@ def add_lora(transformer: QwenImageTransformer2DModel, cfg) -> str:
         layer.cast_input_dtype_enabled = False  # autocast casts the small weights instead of the activations
     blocks = len(transformer.transformer_blocks)
     assert len(layers) == len(LORA_TARGETS) * blocks, f"{len(layers)} adapted layers in {blocks} blocks"
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    trained = transformer.num_parameters(only_trainable=True)
     return f"trains LoRA of rank {cfg.lora_rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters"
 
 

@@ -400,8 +400,8 @@ def empty_transformer(cfg: Config, run: Run, folder: Path | None) -> QwenImageTr
         )
     trains = add_lora(transformer, cfg) if cfg.lora_rank else train_matching(transformer, cfg.trainable_modules)
     run.print(trains)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in transformer.parameters()) - trained
+    trained = transformer.num_parameters(only_trainable=True)
+    frozen = transformer.num_parameters() - trained
     check_memory(run, cfg, trained, ACTIVATIONS_GIB, frozen)
     check_disk(run, cfg, trained)
     return transformer
@@ -670,7 +670,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         folder = on_main(run, model_folder, cfg.pretrained_model_name_or_path, PARTS)
     transformer = empty_transformer(cfg, run, folder)
-    trained_share = sum(p.numel() for p in transformer.parameters() if p.requires_grad) / transformer.num_parameters()
+    trained_share = transformer.num_parameters(only_trainable=True) / transformer.num_parameters()
     state = read_state(resume) if resume else {"step": 0, "segments": []}
     if cfg.benchmark:
         prompt_width = transformer.config.joint_attention_dim
