@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwenimage_fulltune"
 EMBEDDING_OF_RED = [-1.2763, 0.7096, -0.6024, 1.6712]  # the first values of "red" in "a red circle"

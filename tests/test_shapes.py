@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from common.shapes import (
+from tiny.shapes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

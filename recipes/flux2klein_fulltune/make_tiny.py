@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from common import shapes
+from tiny import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 64  # pixels; 8 x 8 latents, 16 packed tokens

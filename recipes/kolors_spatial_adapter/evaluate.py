@@ -35,9 +35,9 @@ from layouts import read_layouts
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import shapes
 from common.data import make_buckets, nearest_bucket
 from common.limits import explained_errors
+from tiny import shapes
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))  # of IoU, as COCO's
 SUCCESS = 0.5

@@ -37,7 +37,7 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import shapes
+from tiny import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 64  # pixels

@@ -18,8 +18,8 @@ sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (fo
 
 from rows import make_row, new_folder, share_out, write_rows
 
-from common import shapes
 from common.limits import explained_errors
+from tiny import shapes
 
 TASK = "object_retention"
 QUESTIONS = ("What colour is the shape?", "What shape is it?", "Where is the shape?")

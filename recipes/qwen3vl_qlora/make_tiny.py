@@ -45,8 +45,8 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
-from common import shapes
 from common.config import parse_config
+from tiny import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 

@@ -56,7 +56,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from common import shapes
+from tiny import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 512  # pixels of the drawings

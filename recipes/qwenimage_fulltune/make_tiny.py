@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from common import shapes
+from tiny import shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"
 SIZE = 64  # pixels; 8 x 8 latents, 16 packed tokens

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import ROOT, load_script
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (96, 96), (128, 64)  # (width, height): two buckets at resolution 96

@@ -10,7 +10,7 @@ from helpers import ROOT, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / "flux2klein_fulltune"
 STATES_OF_RED = [-0.3251, 0.9738, 0.7659]  # the first value of the states 9, 18 and 27 of "red" in "a red circle"

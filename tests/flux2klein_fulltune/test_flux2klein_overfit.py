@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import torch
 from helpers import load_script
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 LEFT, RIGHT, HALF = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 0.25, 1.0)
 

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, Launched, load_script, run_command, start_command
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 BOX = {"phrase": "红色的圆", "bbox": [100, 200, 500, 600]}

@@ -13,7 +13,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 IDS_OF_WORDS = {"a": 260, "and": 270, ",": 273, "background": 280, "circle": 296, "red": 317, "blue": 321}

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, load_script
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 data = load_script(RECIPE / "generate_data.py")

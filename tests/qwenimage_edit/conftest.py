@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import ROOT, load_script
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (256, 256), (384, 192)  # (width, height) of targets: two buckets at image_sample_size 256

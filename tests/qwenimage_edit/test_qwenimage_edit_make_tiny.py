@@ -12,7 +12,7 @@ from helpers import ROOT, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import shapes
+from tiny import shapes
 
 RECIPE = ROOT / "recipes" / "qwenimage_edit"
 EMBEDDING_OF_RED = [0.6232, 0.7929, -0.4039]  # of "red" in "make the circle red" behind a white source, its start

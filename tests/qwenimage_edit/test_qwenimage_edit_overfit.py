@@ -14,7 +14,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 WIDTH, HEIGHT = 96, 64
 SCENES = {  # two, so that a prompt that says nothing to the transformer fails

@@ -9,7 +9,7 @@ import pytest
 from helpers import Launched, column, read_rows, run_command
 from PIL import Image
 
-from common import shapes
+from tiny import shapes
 
 pytestmark = pytest.mark.slow
 
