@@ -1,4 +1,4 @@
-"""Turn a DeepSpeed checkpoint into bf16 weights in diffusers' layout: `python -m common.zero_to_bf16 CHECKPOINT OUT`.
+"""Turn a DeepSpeed checkpoint into bf16 weights in diffusers' layout: `python common/zero_to_bf16.py CHECKPOINT OUT`.
 
 Needs no GPU and no process group; memory holds one shard beside the memory-mapped optimizer files.
 """
@@ -6,12 +6,15 @@ Needs no GPU and no process group; memory holds one shard beside the memory-mapp
 import argparse
 import re
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.export import write_shards
-from common.limits import explained_errors
+from common.model.export import write_shards
+from common.start.plan import explained_errors
 
 
 def parse_size(text: str) -> int:

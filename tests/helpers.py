@@ -46,32 +46,38 @@ def load_script(path: Path) -> ModuleType:
 
 
 def run_main(train: ModuleType, argv: Sequence[object], at_step: dict[int, Callable[[], None]] | None = None) -> None:
-    """train.main(argv) in this process, on the CPU, as one process. at_step: what to call while a step is being
-    logged."""
+    """train.main(argv) in this process, on the CPU, as one process. at_step: what to call at the end of a step."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from common import metrics, runtime
+    from common.processes import Run, stop
+    from common.step import steps
 
-    log = metrics.Meter.log
+    agree, learning_rate, step = Run.agree_to_stop, steps.learning_rate, 0
 
-    def log_and_call(meter: metrics.Meter, step: int, *arguments: object) -> None:
+    def note_step(now: int, *arguments: object) -> float:
+        nonlocal step
+        step = now + 1
+        return learning_rate(now, *arguments)
+
+    def call_and_agree(run: Run) -> None:
         (at_step or {}).get(step, lambda: None)()
-        log(meter, step, *arguments)
+        agree(run)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    runtime.stop.update(asked=False, agreed=False, reason="")
+    stop.asked, stop.agreed, stop.reason = False, False, ""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     try:
         with (
-            mock.patch.object(metrics.Meter, "log", log_and_call),
+            mock.patch.object(Run, "agree_to_stop", call_and_agree),
+            mock.patch.object(steps, "learning_rate", note_step),
             mock.patch.object(torch.cuda, "is_available", lambda: False),
             mock.patch.dict(os.environ, {**environment, **ENVIRONMENT}, clear=True),
         ):
             train.main([str(word) for word in argv])
     finally:
-        runtime.stop.update(asked=False, agreed=False, reason="")
+        stop.asked, stop.agreed, stop.reason = False, False, ""
         for number, handler in handlers.items():
             signal.signal(number, handler)
         AcceleratorState._reset_state(True)

@@ -18,7 +18,7 @@ STEPS = 20
 
 def first_losses(recipe: Path, folder: Path) -> list[float]:
     """The losses of steps 1 to STEPS of the recipe's tiny config, run in `folder` in this process, with one thread."""
-    from common import runtime
+    from common.processes import stop
 
     torch.set_num_threads(1)
     tiny, out = folder / "tiny_base", folder / "out"
@@ -31,7 +31,7 @@ def first_losses(recipe: Path, folder: Path) -> list[float]:
         0,
     ]  # and stopped after STEPS, so that the schedule is kept
     argv = ["--config", recipe / "configs/tiny.yaml", *flags]
-    run_main(load_script(recipe / "train.py"), argv, at_step={STEPS: lambda: runtime.stop.update(asked=True)})
+    run_main(load_script(recipe / "train.py"), argv, at_step={STEPS: lambda: setattr(stop, "asked", True)})
     return list(column(out).values())
 
 

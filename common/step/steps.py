@@ -5,7 +5,8 @@ import math
 import torch
 from accelerate.utils import set_seed
 
-from common.runtime import Run
+from common.processes import Run
+from common.settings import Optim
 
 
 def seed_step(seed: int, micro_step: int, rank: int) -> None:
@@ -14,22 +15,30 @@ def seed_step(seed: int, micro_step: int, rank: int) -> None:
     set_seed((seed * 1_000_003 + micro_step * 4_099 + rank) % 2**32)
 
 
-def lr_factor(step: int, cfg, schedule=None) -> float:
+def learning_rate(step: int, optim: Optim, max_train_steps: int, scale: float = 1.0) -> float:
+    """The learning rate of a step. scale: what a recipe's validation has reduced it to, which is in its
+    checkpoints."""
+    return optim.learning_rate * scale * lr_factor(step, optim, max_train_steps)
+
+
+def lr_factor(step: int, optim: Optim, max_train_steps: int) -> float:
     """What learning_rate is multiplied by at a step: linear warm-up, then constant, linear or cosine to zero.
 
-    A function of the step, so there is no state to save; a recipe whose rate also depends on what validation found
-    gives a `schedule` with a `factor`, and saves it.
+    A function of the step, so there is no state to save.
     """
-    if schedule is not None:
-        return schedule.factor * lr_factor(step, cfg)
-    if step < cfg.lr_warmup_steps:
-        return (step + 1) / (cfg.lr_warmup_steps + 1)
-    progress = (step - cfg.lr_warmup_steps) / max(1, cfg.max_train_steps - cfg.lr_warmup_steps)
-    if cfg.lr_scheduler == "linear":
+    if step < optim.lr_warmup_steps:
+        return (step + 1) / (optim.lr_warmup_steps + 1)
+    progress = (step - optim.lr_warmup_steps) / max(1, max_train_steps - optim.lr_warmup_steps)
+    if optim.lr_scheduler == "linear":
         return max(0.0, 1 - progress)
-    if cfg.lr_scheduler == "cosine":
+    if optim.lr_scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Whether what happens every so many steps (0: never), and at the last one, happens at this one."""
+    return every > 0 and (step == last_step or step % every == 0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.settings import FlowMatching
+
+VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
 
 def sample_rngs(seed: int, step: int, positions: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator a sample, seeded from (seed, step, position). CPU numbers are the same on every machine."""
@@ -61,6 +65,11 @@ def resolution_shift(image_tokens: int, scheduler_config: dict) -> float:
     return base_shift + (max_shift - base_shift) * (image_tokens - base_tokens) / (max_tokens - base_tokens)
 
 
+def checkpoint_shift(image_tokens: int, scheduler_config: dict) -> float:
+    """The checkpoint's own shift of sigma at so many image tokens: exp of its dynamic mu."""
+    return torch.tensor(resolution_shift(image_tokens, scheduler_config)).exp().item()
+
+
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Move sigmas (B,) towards noise: shift * sigma / (1 + (shift - 1) * sigma).
 
@@ -98,13 +107,16 @@ def loss_weights(sigma: Tensor, weighting: str) -> Tensor:
     raise ValueError(f"unknown loss weighting {weighting!r}, expected none, sigma_sqrt or cosmap")
 
 
-def flow_matching_loss(velocity_pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the batch of weights (B,) times each sample's mean squared error, in float32.
+def draw_sigmas(uniform: Tensor, flow: FlowMatching, shift: float) -> Tensor:
+    """(B,) uniform numbers -> (B,) sigmas as the settings draw them, moved by timestep_shift or, without it, by the
+    given shift."""
+    sigmas = sample_sigmas(uniform, flow.timestep_sampling, flow.logit_mean, flow.logit_std, flow.mode_scale)
+    return shift_sigmas(sigmas, flow.timestep_shift or shift)
 
-    Shapes must be equal, no broadcasting.
-    """
+
+def squared_errors(velocity_pred: Tensor, target: Tensor) -> Tensor:
+    """(B,) mean squared error of each sample, in float32. Shapes must be equal, no broadcasting."""
     assert velocity_pred.shape == target.shape, (
         f"{tuple(velocity_pred.shape)} predicted, {tuple(target.shape)} expected"
     )
-    per_sample = (velocity_pred.float() - target.float()).pow(2).flatten(1).mean(dim=1)
-    return (weights * per_sample).mean()
+    return (velocity_pred.float() - target.float()).pow(2).flatten(1).mean(dim=1)

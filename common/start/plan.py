@@ -11,14 +11,24 @@ from pathlib import Path
 
 import torch
 
-from common.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
-from common.runtime import Run, stop
+from common.processes import Run, stop
+from common.settings import Shared
+from common.step.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
 
 # a parameter
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
 
 
-def check_memory(run: Run, cfg, parameters: int, activations_gib: float, frozen: int = 0) -> None:
+def check_size(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
+    """Say before data is encoded that a model does not fit the GPU or its checkpoints the disk. activations_gib: what
+    the recipe measured for one sample with checkpointing."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    check_memory(run, cfg, trained, activations_gib, frozen)
+    check_disk(run, cfg, trained)
+
+
+def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float, frozen: int = 0) -> None:
     """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
     bytes a parameter.
 
@@ -27,8 +37,9 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float, frozen:
     """
     if run.device.type != "cuda":
         return
-    per_parameter = BYTES_WITH_RELEASE[cfg.optimizer] if cfg.gradient_release else BYTES_PER_PARAMETER[cfg.optimizer]
-    per_parameter += 6 if cfg.ema_decay else 0  # the average, and the trained weights while it is applied
+    name = cfg.tuning.optimizer
+    per_parameter = BYTES_WITH_RELEASE[name] if cfg.tuning.gradient_release else BYTES_PER_PARAMETER[name]
+    per_parameter += 6 if cfg.tuning.ema_decay else 0  # the average, and the trained weights while it is applied
     if run.offload:
         per_parameter = 2 if run.strategy == "zero2" else 0
     elif run.strategy == "zero2":
@@ -39,7 +50,7 @@ def check_memory(run: Run, cfg, parameters: int, activations_gib: float, frozen:
     have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
     if need > have:
         raise ValueError(
-            f"{cfg.optimizer} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
+            f"{name} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
             f"for {(parameters + frozen) / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
         )
 
@@ -66,29 +77,29 @@ def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} {memory_advice}")
     except ValueError as error:
-        repository = str(Path(__file__).resolve().parents[1])
+        repository = str(Path(__file__).resolve().parents[2])
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not raised_in.startswith(repository) or "site-packages" in raised_in:
             raise
         rank = int(os.environ.get("RANK", 0))
         if rank:  # when every process failed alike, the first one's message has ended the run within this time
             time.sleep(5)
-        if not (rank and stop["asked"]):
+        if not (rank and stop.asked):
             print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def check_disk(run: Run, cfg, parameters: int) -> None:
+def check_disk(run: Run, cfg: Shared, parameters: int) -> None:
     """Say at the start, not at the first save, that the disk of output_dir will not hold what is saved."""
-    if not (run.is_main and cfg.checkpointing_steps):
+    if not (run.is_main and cfg.run.checkpointing_steps):
         return
-    size = (CHECKPOINT_BYTES[cfg.optimizer] + (2 if run.strategy.startswith("zero") else 0)) * parameters
-    copies = (cfg.checkpoints_total_limit or 1) + 1  # a new one is complete before the oldest goes
-    need = (copies * size + (2 * parameters if cfg.export_model else 0)) / 1e9
-    free = shutil.disk_usage(cfg.output_dir).free / 1e9
+    size = (CHECKPOINT_BYTES[cfg.tuning.optimizer] + (2 if run.strategy.startswith("zero") else 0)) * parameters
+    copies = (cfg.run.checkpoints_total_limit or 1) + 1  # a new one is complete before the oldest goes
+    need = (copies * size + (2 * parameters if cfg.tuning.export_model else 0)) / 1e9
+    free = shutil.disk_usage(cfg.run.output_dir).free / 1e9
     if need > free:
         run.print(
             f"warning: {copies} checkpoints of {size / 1e9:.0f} GB and the export need about {need:.0f} GB, and "
-            f"{cfg.output_dir} has {free:.0f} GB free; take another --output_dir, a smaller --checkpoints_total_limit "
-            "or a larger --checkpointing_steps"
+            f"{cfg.run.output_dir} has {free:.0f} GB free; take another --output_dir, a smaller "
+            "--checkpoints_total_limit or a larger --checkpointing_steps"
         )

@@ -1,7 +1,6 @@
 """One parser for a recipe's settings: a YAML file becomes flags before the command line's, and the last value wins."""
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,11 @@ from typing import TypeVar
 import tyro
 import yaml
 
+from common import rules
+from common.settings import Shared
+
 ConfigClass = TypeVar("ConfigClass")
+GROUPS_AND_CONSTANTS = ("settings.Flat", "ClassVar")
 
 
 def yaml_to_flags(path: str | Path) -> list[str]:
@@ -48,8 +51,7 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
     """Read `[--config FILE.yaml] [--flag value ...]` into a dataclass whose attribute docstrings are the help.
 
     Underscores and dashes are the same in flags; `--flag` and `--no-flag` set booleans. An unknown flag or YAML key
-    ends the program with the nearest known names; a rule broken in `__post_init__` raises its ValueError. Of
-    num_train_epochs and max_train_steps, both on the command line, the latter counts.
+    ends the program with the nearest known names. Rules are looked at when the last value has won.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags: list[str] = []
@@ -60,48 +62,49 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
         flags += yaml_to_flags(argv[at + 1])
         del argv[at : at + 2]
     quiet = os.environ.get("RANK", "0") != "0"  # a mistake is shown once, not by every process
-    rules = getattr(config_class, "__post_init__", lambda cfg: None)
-    config_class.__post_init__ = lambda cfg: (
-        None
-    )  # tyro would put its ValueError into a frame: it is called afterwards
-    try:
-        options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}
-        cfg = tyro.cli(config_class, args=flags + argv, **options)
-    finally:
-        config_class.__post_init__ = rules
+    options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}
+    return tyro.cli(config_class, args=flags + argv, **options)
+
+
+def parse_recipe(config_class: type[ConfigClass], argv: list[str] | None = None) -> ConfigClass:
+    """parse_config for a recipe's Config, with its rules. Of max_train_steps and num_train_epochs a YAML's steps give
+    way to epochs; when the command line gives both, steps count, as in diffusers' scripts."""
+    cfg: Shared = parse_config(config_class, argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     if {"num_train_epochs", "max_train_steps"} <= given:
-        cfg.num_train_epochs = 0  # steps count when both are given, as in diffusers' scripts
-    rules(cfg)
+        cfg.batch.num_train_epochs = 0
+    check(cfg)
     return cfg
 
 
-def save_config(cfg: object, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `parse_config` reads back (fields that are None stay out)."""
-    values = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None}
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def changed_settings(state: dict, cfg: object) -> str:
-    """What differs between the configuration in a checkpoint's state and this one, for a person to read."""
-    saved, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    changed = [f"{name} {saved[name]} -> {now[name]}" for name in now if name in saved and saved[name] != now[name]]
-    return ", ".join(changed) or "none"
+def check(cfg: Shared) -> None:
+    """The rules of every group, those between groups, then the recipe's own. ValueError says what, got, expected."""
+    own, *shared = rules.groups(cfg)
+    for group in shared:
+        if isinstance(group, rules.HasRules):
+            group.check()
+    if not cfg.run.benchmark and cfg.data.train_data_dir is None:
+        raise ValueError(
+            "train_data_dir is not set; pass --train_data_dir FOLDER (or run the tiny config, which brings its own)"
+        )
+    if isinstance(own, rules.HasRules):
+        own.check()
 
 
 def config_table(config_class: type) -> str:
-    """A Markdown table of every field (name, default, help), for the recipe's README; a test keeps the two equal."""
-    helps = field_helps(config_class)
+    """A Markdown table of every setting (name, default, help), for the recipe's README; a test keeps the two equal."""
     rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        rows.append(f"| `--{field.name}` | `{default}` | {helps[field.name]} |")
+    for group in rules.groups(config_class()):
+        helps = field_helps(type(group))
+        names = [field.name for field in dataclasses.fields(group) if field.name in helps]
+        rows += [f"| `--{name}` | `{getattr(group, name)}` | {helps[name]} |" for name in names]
     return "\n".join(rows)
 
 
 def field_helps(config_class: type) -> dict[str, str]:
-    """Each field's docstring on one line (read from the source with ast); an assertion fails where there is none."""
+    """Each setting's docstring on one line (read from the source with ast), groups left out; an assertion fails where
+    there is none."""
     import ast
     import inspect
     import textwrap
@@ -109,8 +112,8 @@ def field_helps(config_class: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     helps = {}
     for node, following in zip(body, body[1:] + [None], strict=True):
-        if isinstance(node, ast.AnnAssign):
+        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith(GROUPS_AND_CONSTANTS):
             is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            assert is_doc, f"Config.{node.target.id} has no docstring under it"
+            assert is_doc, f"{config_class.__name__}.{node.target.id} has no docstring under it"
             helps[node.target.id] = " ".join(str(following.value.value).split())
     return helps

@@ -17,13 +17,16 @@ import math
 import torch
 from torch import Tensor
 
+from common.processes import Run
+from common.settings import Optim, Shared
+
 BYTES_PER_PARAMETER = {"adamw": 16, "adamw_8bit": 10, "paged_adamw_8bit": 10, "flash_adamw": 7, "adafactor": 4}
 BYTES_WITH_RELEASE = {"flash_adamw": 5, "adafactor": 2}
 
 
-def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
+def check_optimizer(cfg: Shared, strategy: str, offload: bool, world_size: int) -> None:
     """Refuse what cannot work, with the reason and the way out. strategy: single, ddp, fsdp2, zero2, zero3."""
-    name = cfg.optimizer
+    name = cfg.tuning.optimizer
     if name in ("adamw_8bit", "paged_adamw_8bit") and strategy in ("fsdp2", "zero2", "zero3"):
         raise ValueError(
             f"optimizer {name} cannot run under {strategy}: bitsandbytes keeps its 8-bit moments in blocks "
@@ -46,44 +49,47 @@ def check_optimizer(cfg, strategy: str, offload: bool, world_size: int) -> None:
             "optimizer flash_adamw runs on the GPU only (Triton kernels) and this launch file offloads to the CPU; "
             "use adamw"
         )
-    if not cfg.gradient_release:
-        return
+    if cfg.tuning.gradient_release and (reasons := why_not_release(cfg, strategy, world_size)):
+        raise ValueError("gradient_release is not possible: " + "; ".join(reasons))
+
+
+def why_not_release(cfg: Shared, strategy: str, world_size: int) -> list[str]:
+    """What stands against stepping parameters inside backward; empty when nothing does."""
     reasons = []
-    if name not in BYTES_WITH_RELEASE:
-        reasons.append(f"optimizer {name} has no per-parameter step (use flash_adamw or adafactor)")
-    if cfg.gradient_accumulation_steps > 1:
+    if cfg.tuning.optimizer not in BYTES_WITH_RELEASE:
+        reasons.append(f"optimizer {cfg.tuning.optimizer} has no per-parameter step (use flash_adamw or adafactor)")
+    if cfg.batch.gradient_accumulation_steps > 1:
         reasons.append(
-            f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}: "
+            f"gradient_accumulation_steps is {cfg.batch.gradient_accumulation_steps}: "
             "a gradient that is used up inside backward cannot be added to (use 1)"
         )
-    if cfg.max_grad_norm > 0:
+    if cfg.optim.max_grad_norm > 0:
         reasons.append(
-            f"max_grad_norm is {cfg.max_grad_norm}: "
+            f"max_grad_norm is {cfg.optim.max_grad_norm}: "
             "the global norm is known only after the updates (use --max_grad_norm 0)"
         )
     if strategy not in ("single", "fsdp2") and world_size > 1:
         reasons.append(f"{strategy} averages gradients after they are complete (use LAUNCH=single or fsdp2)")
-    if reasons:
-        raise ValueError("gradient_release is not possible: " + "; ".join(reasons))
+    return reasons
 
 
-def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -> torch.optim.Optimizer:
-    """The optimizer that `cfg.optimizer` names over the parameters that train. `check_optimizer` has passed before."""
+def build_optimizer(run: Run, model: torch.nn.Module, name: str, optim: Optim) -> torch.optim.Optimizer:
+    """The named optimizer over the parameters that train. `check_optimizer` has passed before."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    common = {"lr": cfg.learning_rate, "weight_decay": cfg.adam_weight_decay}
-    adam = dict(common, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon)
+    common = {"lr": optim.learning_rate, "weight_decay": optim.adam_weight_decay}
+    adam = dict(common, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon)
     on_cuda = torch.cuda.is_available()
-    if cfg.optimizer == "adamw" and strategy.startswith("zero") and offload:
+    if name == "adamw" and run.strategy.startswith("zero") and run.offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **adam)
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=on_cuda and not offload, **adam)
-    if cfg.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=on_cuda and not run.offload, **adam)
+    if name in ("adamw_8bit", "paged_adamw_8bit"):
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return (AdamW8bit if cfg.optimizer == "adamw_8bit" else PagedAdamW8bit)(parameters, **adam)
-    if cfg.optimizer == "flash_adamw":
+        return (AdamW8bit if name == "adamw_8bit" else PagedAdamW8bit)(parameters, **adam)
+    if name == "flash_adamw":
         from flashoptim import FlashAdamW
 
         # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
@@ -91,9 +97,9 @@ def build_optimizer(model: torch.nn.Module, cfg, strategy: str, offload: bool) -
             return FlashAdamW(parameters, quantize=False, fused=False, master_weight_bits=None, **adam)
         bits = 24 if any(p.dtype == torch.bfloat16 for p in parameters) else None  # fp32 weights need no more bits
         return FlashAdamW(parameters, master_weight_bits=bits, **adam)
-    if cfg.optimizer == "adafactor":
+    if name == "adafactor":
         return Adafactor(parameters, **common)
-    raise ValueError(f"unknown optimizer {cfg.optimizer!r}, expected one of {', '.join(BYTES_PER_PARAMETER)}")
+    raise ValueError(f"unknown optimizer {name!r}, expected one of {', '.join(BYTES_PER_PARAMETER)}")
 
 
 class Adafactor(torch.optim.Optimizer):

@@ -1,35 +1,58 @@
-"""Where things are: the model's folder, its fingerprint, the tiny stand-in, the output folder, files of prompts."""
+"""Where things are: the model's folder and its parts, the tiny stand-in, the output folder, files of prompts."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.processes import Run, on_main
+from common.settings import Shared
 
-def resolve_paths(cfg, recipe_dir: Path, argv: Sequence[str] | None = None) -> None:
+
+def resolve_paths(cfg: Shared, recipe_dir: Path, argv: Sequence[str] | None = None) -> None:
     """Fill in what depends on where the recipe lies: "tiny" model and data (built by make_tiny.py), and
     outputs/<recipe>/<config>."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    repository = Path(__file__).resolve().parents[1]
-    tiny = repository / "outputs" / recipe_dir.name / "tiny_base"
-    if "tiny" in (cfg.pretrained_model_name_or_path, cfg.train_data_dir) and not (tiny / "model").is_dir():
+    outputs = Path(__file__).resolve().parents[2] / "outputs" / recipe_dir.name
+    tiny = outputs / "tiny_base"
+    if "tiny" in (cfg.pretrained_model_name_or_path, cfg.data.train_data_dir) and not (tiny / "model").is_dir():
         raise ValueError(
             f"the tiny model is not in {tiny}; build it: python {recipe_dir / 'make_tiny.py'} --output_dir {tiny}"
         )
     if cfg.pretrained_model_name_or_path == "tiny":
         cfg.pretrained_model_name_or_path = str(tiny / "model")
-    if cfg.train_data_dir == "tiny":
-        cfg.train_data_dir = str(tiny / "data")
-        if hasattr(cfg, "validation_prompts"):
-            files = [tiny / "data" / name for name in ("validation_prompts.txt", "validation.json")]
-            cfg.validation_prompts = cfg.validation_prompts or (str(next(f for f in files if f.is_file())),)
-    if not cfg.output_dir:
+    if cfg.data.train_data_dir == "tiny":
+        cfg.data.train_data_dir = str(tiny / "data")
+    if not cfg.run.output_dir:
         name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "default"
-        cfg.output_dir = str(repository / "outputs" / recipe_dir.name / name)
+        cfg.run.output_dir = str(outputs / name)
 
 
-def model_folder(name_or_path: str, parts: Sequence[str]) -> Path:
+def model_folder(cfg: Shared, run: Run, parts: Sequence[str], full_size: Path) -> Path:
+    """The model's folder; for a benchmark the recipe's full_size/, which has config files without weights."""
+    return full_size if run.benchmark else on_main(run, find_model, cfg.pretrained_model_name_or_path, parts)
+
+
+def weights_folder(transformer_path: str | None, folder: Path) -> Path:
+    """Where the transformer's weights to start from are: transformer_path, or the model's own."""
+    if transformer_path and not (Path(transformer_path) / "config.json").is_file():
+        raise ValueError(
+            f"transformer_path {transformer_path} has no config.json; give a run's export/transformer, say"
+        )
+    return Path(transformer_path) if transformer_path else folder / "transformer"
+
+
+def part_config(part: Path) -> dict:
+    """The configuration of a model's part: transformer/config.json, scheduler/scheduler_config.json, and in full_size/
+    transformer.json."""
+    files = [part / "config.json", part / "scheduler_config.json", part.with_name(f"{part.name}.json")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{part} has no config.json; expected a model folder in diffusers' layout")
+    return json.loads(file.read_text())
+
+
+def find_model(name_or_path: str, parts: Sequence[str]) -> Path:
     """A local folder that holds all `parts` (transformer, vae, ...), or the hub's download of such a model.
 
     Raises ValueError when there is neither. The download is the hub client's: cached, and resumed after a break.
@@ -56,22 +79,11 @@ def model_folder(name_or_path: str, parts: Sequence[str]) -> Path:
         ) from error
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Hash of a model part: names and sizes of all files, all of the small, head, middle and tail of the large
-    ones."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)}:{size};".encode())
-        with open(file, "rb") as opened:
-            for start in [0] if size <= 1 << 24 else [0, size // 2, size - (1 << 20)]:
-                opened.seek(start)
-                digest.update(opened.read(1 << 24 if size <= 1 << 24 else 1 << 20))
-    return digest.hexdigest()[:16]
-
-
-def read_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts, or those in one .txt (a line each), .json (a list) or .parquet (column text or prompt) file."""
+def read_prompts(prompts: Sequence[str], usual_file: Path | None = None) -> list[str]:
+    """The prompts, or those in one .txt (a line each), .json (a list) or .parquet (column text or prompt) file.
+    Without any, those of usual_file where it is there."""
+    if not prompts and usual_file and usual_file.is_file():
+        prompts = [str(usual_file)]
     path = Path(prompts[0]) if len(prompts) == 1 else Path()
     if path.suffix not in (".txt", ".json", ".parquet"):
         return list(prompts)

@@ -1,22 +1,74 @@
-"""FSDP2 by torch's own fully_shard, and weights that reach every strategy without a second copy of the model.
+"""Weights that reach every strategy without a second copy of the model.
 
-accelerate's FSDP plugin does nothing on a CPU, so two processes would silently train two models there. fully_shard is
-the same on CPU (gloo) and GPU (nccl): what the tests run is what a GPU runs. Models are built on the meta device
-(`accelerate.init_empty_weights`), then `load_weights` fills each rank's part from safetensors, reading only the bytes
-that the rank keeps.
+A model is built without memory (empty_model), sharded where the strategy shards, and each process's part is then
+filled from safetensors, reading only the bytes that it keeps.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from common.model.sharding import shard
+from common.processes import Run
+from common.settings import Shared
+
+Model = TypeVar("Model", bound=nn.Module)
 Reader = Callable[[str, tuple[int, ...], slice], Tensor]  # (name, full shape, rows wanted) -> those rows
+
+
+def empty_model(model_class: type[Model], config: dict) -> Model:
+    """A diffusers model of this config, without memory for its weights."""
+    with init_empty_weights():
+        return model_class.from_config(config)
+
+
+def load_model(
+    run: Run,
+    cfg: Shared,
+    model: Model,
+    weights: Path,
+    read: Reader | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> Model:
+    """Fill an empty model shard by shard in the dtype that it trains in: checkpointed, compiled, sharded.
+
+    read: where not simply the tensors of the weights folder; frozen_dtype: of parameters that do not train, where it
+    is another.
+    """
+    read = read or weights_reader(run, weights, set(model.state_dict()), cfg.run.seed)
+    if cfg.speed.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if cfg.speed.compile:
+        torch._dynamo.config.recompile_limit = 64  # training and validation, sizes and masks: each is a variant
+        model.compile_repeated_blocks()
+    model = shard(run, model).train()
+    if run.strategy == "zero3":
+        ds_config = run.accelerator.state.deepspeed_plugin.deepspeed_config
+        load_weights_zero3(model, read, run.weights_dtype, run.device, ds_config)
+    else:
+        load_weights(model, read, run.weights_dtype, weights_device(run), frozen_dtype)
+    return model
+
+
+def config_of(model: Model) -> dict:
+    """A diffusers model's config.json."""
+    return json.loads(model.to_json_string())
+
+
+def weights_device(run: Run) -> torch.device:
+    """Where this process's part of the weights lies between steps."""
+    return torch.device("cpu") if run.offload else run.device
+
+
+def weights_reader(run: Run, folder: Path, names: set[str], seed: int) -> Reader:
+    """A reader of a weight folder's tensors, or of random ones for a benchmark, whose folder has no weights."""
+    return random_reader(seed, weights_device(run)) if run.benchmark else safetensors_reader(folder, names)
 
 
 def safetensors_files(folder: str | Path) -> dict[str, Path]:
@@ -138,102 +190,3 @@ def _first_row(parameter: Tensor) -> int:
     mesh = parameter.device_mesh
     rows_per_rank = -(-parameter.shape[0] // mesh.size())
     return min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
-
-
-def shard_model(
-    model: nn.Module,
-    block_class: str,
-    device: torch.device,
-    compute_dtype: torch.dtype | None,
-    offload: bool,
-    reshard: bool,
-) -> nn.Module:
-    """fully_shard every module whose class is named `block_class`, then the root.
-
-    compute_dtype: bf16 for fp32 weights with bf16 compute and fp32 gradient reduction, None when the weights' own
-    dtype is used throughout (bf16 weights give bf16 gradients): either way weight and gradient agree, no bf16/float32
-    mismatch can occur.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    outer = inner = MixedPrecisionPolicy()
-    if compute_dtype:  # the root casts what comes in; blocks take it as it is, with rotary embeddings in float32
-        outer = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        inner = replace(outer, output_dtype=None, cast_forward_inputs=False)
-    settings = {
-        "mesh": mesh,
-        "reshard_after_forward": reshard,
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
-    }
-    blocks = []
-    for name in block_class.split(","):
-        found = [module for module in model.modules() if type(module).__name__ == name.strip()]
-        if not found:
-            raise ValueError(
-                f"no module of class {name.strip()!r} to shard; "
-                "the launch file's fsdp_transformer_layer_cls_to_wrap must name blocks of this model"
-            )
-        blocks += found
-    for block in blocks:
-        fully_shard(block, mp_policy=inner, **settings)
-    return fully_shard(model, mp_policy=outer, **settings)
-
-
-def local_tensor(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter: FSDP2's local shard, ZeRO-3's partition, or the parameter itself."""
-    if hasattr(parameter, "to_local"):
-        return parameter.to_local()
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
-
-
-def full_tensor(parameter: Tensor) -> Tensor:
-    """The whole parameter on every rank (a collective call when it is sharded)."""
-    if hasattr(parameter, "full_tensor"):
-        return parameter.detach().full_tensor()
-    if hasattr(parameter, "ds_tensor"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
-
-
-class Ema:
-    """Exponential moving average of the weights in float32, kept shard by shard beside the weights (4 bytes a
-    parameter over all ranks)."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = model, decay
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.shadow = [local_tensor(p).detach().float().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Call once after each optimizer step; the decay warms up as (1 + step) / (10 + step)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for shadow, parameter in zip(self.shadow, self.parameters):
-            shadow.lerp_(local_tensor(parameter).detach().float(), 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the block the model holds the averaged weights; afterwards the trained ones are back, bit for bit."""
-        trained = [local_tensor(p).detach().clone() for p in self.parameters]
-        self._copy_in(self.shadow)
-        try:
-            yield
-        finally:
-            self._copy_in(trained)
-
-    @torch.no_grad()
-    def _copy_in(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self.parameters, tensors):
-            local_tensor(parameter).copy_(tensor)
-        persistent = [parameter for parameter in self.parameters if getattr(parameter, "ds_persist", False)]
-        if persistent:  # small ones that ZeRO-3 keeps whole beside their partitions
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-        for module in self.model.modules():
-            if hasattr(module, "reshard"):  # FSDP2, where a forward may leave weights gathered: they are old now
-                module.reshard()

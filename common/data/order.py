@@ -1,26 +1,21 @@
-"""From checked records to micro-batches: aspect buckets, the order of samples, the loader.
+"""From checked records to micro-batches: aspect buckets, and the order of samples.
 
 Sizes are PIL's (width, height). The order of samples is a function of the seed and of the steps taken so far, so a run
-goes on exactly from any step, also on another number of processes. Records come from common/manifest.py, pixels from
-common/images.py; the embedding cache is in common/cache.py.
+goes on exactly from any step, also on another number of processes.
 """
 
-import atexit
 import hashlib
 import json
 import math
-import signal
-import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from common.manifest import Record
+from common.data.manifest import Record
 
 # ---- aspect buckets
 
@@ -36,6 +31,12 @@ def make_buckets(resolution: int, step: int = 32, max_aspect: float = 2.0) -> li
         if height and width / height <= max_aspect and 0.8 <= width * height / resolution**2 <= 1.25:
             buckets |= {(width, height), (height, width)}
     return sorted(buckets)
+
+
+def choose_buckets(records: Sequence[Record], resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
+    """The (width, height) bucket of each checked record."""
+    buckets = make_buckets(resolution, multiple)
+    return [nearest_bucket(record.width, record.height, buckets) for record in records]
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -193,29 +194,3 @@ def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:
     """How many samples each (width, height) bucket has, for a person to read."""
     counts = [f"{width} x {height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets))]
     return "buckets (width x height): " + ", ".join(counts)
-
-
-def _init_worker(worker_id: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the trainer has yet to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # the second one ends it
-
-
-def make_loader(dataset: Dataset, sampler: Sampler, collate: Callable, num_workers: int, seed: int) -> Iterator:
-    """Endless iterator of collate([dataset[index, step, position], ...]). accelerate must not prepare it again."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        worker_init_fn=_init_worker,
-        persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # the global generator is left alone
-    )
-    iterator = iter(loader)
-    if num_workers:  # after a crash too: multiprocessing would send each worker one SIGTERM and wait for ever
-        weak = weakref.ref(iterator)
-        atexit.register(lambda: None if weak() is None else weak()._shutdown_workers())
-    return iterator

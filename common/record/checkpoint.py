@@ -1,62 +1,94 @@
-"""Checkpoints that are complete or absent, exact resume, and export to diffusers' layout.
-
-Every function is called on every process.
-"""
+"""Checkpoints that are complete or absent, and exact resume. Every function is called on every process."""
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
 
-from common import nvme
-from common.export import SHARD_BYTES, write_shards
-from common.runtime import Run
-from common.sharding import Ema, safetensors_reader
+from common import rules
+from common.data.order import MicroBatchSampler
+from common.model.ema import Ema
+from common.model.export import SHARD_BYTES, write_shards
+from common.model.loading import safetensors_reader
+from common.processes import Run
+from common.record import nvme
+from common.record.folder import STATE_FILE, list_checkpoints, read_state
+from common.settings import Shared
 
-STATE_FILE = "trainer_state.json"
-RESULTS = ("validation_images/", "export/")  # what a run leaves beside its checkpoints
+
+@dataclass
+class State:
+    """Where a run stands beside its weights and optimizer, as checkpoints keep it."""
+
+    step: int
+    """optimizer steps taken when this process began"""
+    segments: list
+    """the order of samples up to there"""
+    digest: str
+    """of the data"""
+    config: dict
+    """of the model that trains: config.json in every checkpoint; {} writes none"""
+    lr_scale: float = 1.0
+    """what validation has reduced the learning rate to"""
+    extra: dict = field(default_factory=dict)
+    """what else a recipe wants back when it goes on"""
 
 
-def claim_output_dir(
-    output_dir: str | Path,
-    resume: Path | None,
-    overwrite: bool,
-    delete: bool = True,
-    results: Sequence[str] = RESULTS,
+def resume(
+    run: Run,
+    cfg: Shared,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    digest: str,
+    config: dict,
+) -> State:
+    """Load the checkpoint to go on from, where there is one, and say what changed since; else the state of a new
+    run."""
+    if run.resume is None:
+        return State(0, [], digest, config)
+    saved = load_checkpoint(run, run.resume, model, optimizer, ema)
+    changed = changed_settings(saved["config"], cfg)
+    run.print(f"resumed from {run.resume} at step {saved['step']}; settings changed since: {changed}")
+    if saved["data"] != digest:
+        run.print("the data changed since that checkpoint: the order of samples is not a continuation of it")
+    return State(saved["step"], saved["segments"], digest, config, saved.get("lr_scale", 1.0), saved.get("extra", {}))
+
+
+def changed_settings(before: dict, cfg: Shared) -> str:
+    """What differs between a checkpoint's settings and this run's, for a person to read."""
+    now = json.loads(json.dumps(rules.flat(cfg)))
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    return ", ".join(changed) or "none"
+
+
+def save(
+    run: Run,
+    cfg: Shared,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    sampler: MicroBatchSampler,
+    state: State,
+    step: int,
 ) -> None:
-    """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
-
-    Recipes call it twice: at first with delete=False, and again when data and model are there, so that a mistake in
-    the settings deletes nothing.
-
-    A new run must find no checkpoints and none of `results`, and a resumed one no checkpoints newer than its own:
-    "latest" must never mean another branch.
-    """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = list_checkpoints(folder)
-    if resume is None:
-        earlier = [*(p.name for p in checkpoints), *(name for name in results if (folder / name).exists())]
-    else:
-        inside = resume.resolve().parent == folder.resolve()
-        earlier = [p.name for p in checkpoints if not inside or _step(p) > _step(resume)]
-    if earlier and not overwrite:
-        raise ValueError(
-            f"output_dir {folder} holds {earlier[0]} of another run; go on with --resume_from_checkpoint latest, "
-            "take another --output_dir, or delete it with --overwrite_output_dir"
-        )
-    for path in [*(folder / name for name in earlier), *folder.glob("checkpoint-*.partial")] if delete else []:
-        shutil.rmtree(path)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+    """checkpoint-<step> with all that an exact resume needs, and the model's config.json."""
+    values = {
+        "segments": sampler.segments_at(step),
+        "data": state.digest,
+        "lr_scale": state.lr_scale,
+        "extra": state.extra,
+        "config": rules.flat(cfg),
+    }
+    files = {"config.json": json.dumps(state.config, indent=2)} if state.config else {}
+    limit = cfg.run.checkpoints_total_limit
+    folder = save_checkpoint(run, cfg.run.output_dir, step, model, optimizer, ema, values, limit, files)
+    run.print(f"saved {folder}")
 
 
 def save_checkpoint(
@@ -158,11 +190,6 @@ def load_checkpoint(
     return state
 
 
-def read_state(folder: Path) -> dict:
-    """What save_checkpoint was given as `state`, with step, launch, strategy and world_size."""
-    return json.loads((folder / STATE_FILE).read_text())
-
-
 def has_frozen(model: nn.Module) -> bool:
     return not all(p.requires_grad for p in model.parameters())
 
@@ -262,33 +289,3 @@ def _family(state: dict) -> str:
     if state["launch"].endswith("_nvme"):
         return "zero3_nvme"
     return "replicated" if state["strategy"] in ("single", "ddp") else state["strategy"]
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest step first."""
-    found = [
-        p
-        for p in Path(output_dir).glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE_FILE).is_file()
-    ]
-    return sorted(found, key=_step)
-
-
-def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one.
-
-    None if there is none; anything else is a path.
-    """
-    if not resume:
-        return None
-    if resume == "latest":
-        found = list_checkpoints(output_dir)
-        return found[-1] if found else None
-    for folder in (Path(resume), Path(output_dir) / resume):
-        if (folder / STATE_FILE).is_file():
-            return folder
-    names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-    raise ValueError(
-        f"resume_from_checkpoint {resume!r} is no complete checkpoint; "
-        f"in {output_dir} there are: {names}. Or say latest"
-    )

@@ -5,20 +5,21 @@ and a shard appears under its name only when it is complete: a killed pass loses
 process writes shards of its own, named shard-<fingerprint>-<rank>-<random>.safetensors.
 """
 
+import gc
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
 
-from common.data import Place
-from common.manifest import Record
+from common.data.manifest import Record
+from common.processes import Run, on_main
 
 
 def _read_header(path: Path) -> dict:
@@ -173,14 +174,39 @@ class EmbeddingCache:
         return {digest for key in self._entries if (digest := self._digests.get(key))}
 
 
-class CachedSamples(Dataset):
-    """Entries of a cache as a dataset for MicroBatchSampler: tensors, and the place's step and position."""
+Item = tuple[Record | str, tuple[int, int] | None]  # a row at its bucket (width, height), or a text alone
 
-    def __init__(self, cache: EmbeddingCache, keys: Sequence[str]):
-        self.cache, self.keys = cache, list(keys)
 
-    def __len__(self) -> int:
-        return len(self.keys)
+def open_cache(
+    run: Run, cache_dir: str | None, output_dir: str, model: Path, parts: Iterable[str], **more: object
+) -> EmbeddingCache:
+    """The cache whose entries depend on the model's frozen `parts`, on the precision and on `more`, beside the row."""
+    fingerprint = {"model": on_main(run, lambda: {part: folder_fingerprint(model / part) for part in parts}), **more}
+    return EmbeddingCache(cache_dir or Path(output_dir) / "embedding_cache", fingerprint, run.rank)
 
-    def __getitem__(self, place: Place) -> dict:
-        return {**self.cache[self.keys[place.sample]], "step": place.step, "position": place.position}
+
+def encode_missing(run: Run, cache: EmbeddingCache, items: dict[str, Any], encode: Callable[[dict], None]) -> None:
+    """Call encode({key: item}) with this process's share of what the cache lacks of `items`; what that loaded then
+    leaves memory. Every process calls it, and finds afterwards what all have added."""
+    missing = on_main(run, cache.missing, list(items))
+    if missing:
+        encode({key: items[key] for key in run.share_of(missing)})
+        gc.collect()
+        torch.cuda.empty_cache()
+    cache.flush()
+    run.barrier()
+    cache.reload()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of a model part: names and sizes of all files, all of the small, head, middle and tail of the large
+    ones."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size};".encode())
+        with open(file, "rb") as opened:
+            for start in [0] if size <= 1 << 24 else [0, size // 2, size - (1 << 20)]:
+                opened.seek(start)
+                digest.update(opened.read(1 << 24 if size <= 1 << 24 else 1 << 20))
+    return digest.hexdigest()[:16]

@@ -5,13 +5,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.runtime import Run
-from common.sharding import full_tensor
+from common.model.ema import Ema, evaluating
+from common.model.sharding import full_tensor
+from common.processes import Run
 
 SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
 
@@ -50,6 +52,15 @@ def export_weights(
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     run.barrier()
+
+
+def export_transformer(
+    run: Run, output_dir: str | Path, model: nn.Module, ema: Ema | None, config: dict[str, Any]
+) -> None:
+    """export/transformer, averaged weights where they are kept: what the model's from_pretrained reads."""
+    files = {"config.json": json.dumps(config, indent=2)}
+    with evaluating(model, ema):
+        export_weights(run, model, Path(output_dir) / "export" / "transformer", files)
 
 
 def write_shards(

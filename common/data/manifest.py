@@ -1,29 +1,25 @@
-"""From a manifest to checked records: what each row names, its bytes, and the check of every row before training.
+"""From a manifest to records: what each row names, and its bytes.
 
-Reads a JSON list, JSONL, an image folder's metadata.jsonl, parquet and WebDataset shards. A bad row is named by file,
-row number and reason.
+Reads a JSON list, JSONL, an image folder's metadata.jsonl, parquet and WebDataset shards. What is wrong with a row is
+kept with it, for check.py to report.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import tarfile
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import MappingProxyType
 
-import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from common.images import check_image, decode_image
+from common.data.images import decode_image
 
 MANIFESTS = ("metadata.jsonl", "train.jsonl", "train.json", "metadata.json", "*.parquet", "*.tar")  # the first wins
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+IMAGE_COLUMNS = ("file_path", "file_name", "image")  # found by themselves, the first wins
+TEXT_COLUMNS = ("text", "caption", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +45,16 @@ class Record:
 def load_manifest(
     train_data_dir: str | Path,
     train_data_meta: str | Path | None = None,
-    image_column: str = "image",
-    text_column: str = "text",
+    image_column: str | None = None,
+    text_column: str | None = None,
 ) -> list[Record]:
     """All rows of a JSON list, a JSONL file, an image folder's metadata.jsonl, parquet, or WebDataset shards (*.tar).
 
     train_data_meta: a file or a glob, absolute or relative to train_data_dir or to the working directory; None: the
-    first of MANIFESTS that train_data_dir has. Paths in a manifest are relative to train_data_dir. Source images for
-    editing: `source_file_path`, a path or a list; in parquet also image columns `source_<image_column>*`; in a tar
-    members `<key>.source*.png`. ValueError when there is nothing to read; a bad row is kept, with its problem, for
-    check_records.
+    first of MANIFESTS that train_data_dir has. Paths in a manifest are relative to train_data_dir. Columns that are
+    not given are found among IMAGE_COLUMNS and TEXT_COLUMNS. Source images for editing: `source_file_path`, a path or
+    a list; in parquet also image columns `source_<image_column>*`; in a tar members `<key>.source*.png`. ValueError
+    when there is nothing to read; a bad row is kept, with its problem, for check_records.
     """
     folder = Path(train_data_dir)
     if not folder.is_dir():
@@ -114,13 +110,20 @@ def _json_rows(path: Path) -> Iterator[tuple[object, int, str]]:
             yield row, number, f"{path.name} line {number}"
 
 
-def _record(row: object, number: int, where: str, image_column: str, text_column: str, inside: tuple = ()) -> Record:
+def _column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    """The column that is given, or the first of the usual ones that is there, or the first usual one."""
+    return given or next((name for name in usual if name in names), usual[0])
+
+
+def _record(
+    row: object, number: int, where: str, image_column: str | None, text_column: str | None, inside: tuple = ()
+) -> Record:
     """A Record from one row; what is wrong with the row goes into its `problem`."""
     if not isinstance(row, dict):
         problem = str(row) if isinstance(row, ValueError) else f"got a {type(row).__name__}, expected an object"
         return Record(number, "", "", where=where, problem=problem)
     extra = dict(row)
-    path_key = next((key for key in (image_column, "file_path", "file_name") if key in row), "file_path")
+    path_key, text_column = _column(image_column, IMAGE_COLUMNS, row), _column(text_column, TEXT_COLUMNS, row)
     path, text, kind = extra.pop(path_key, None), extra.pop(text_column, None), extra.pop("type", None) or "image"
     sources = extra.pop("source_file_path", None) or []
     sources = sources if isinstance(sources, list) else [sources]
@@ -154,9 +157,11 @@ def _open_parquet(path: str, changed: int):
     return table
 
 
-def _parquet_records(path: Path, image_column: str, text_column: str) -> Iterator[Record]:
+def _parquet_records(path: Path, image_column: str | None, text_column: str | None) -> Iterator[Record]:
     table = _open_parquet(str(path), path.stat().st_mtime_ns)
     names = sorted(table.column_names, key=_by_number)
+    image_column = _column(image_column, ("image", *IMAGE_COLUMNS), names)
+    text_column = _column(text_column, TEXT_COLUMNS, names)
     if missing := {image_column, text_column} - set(names):
         raise ValueError(f"no column {sorted(missing)}, it has {names}; set --image_column and --text_column")
     images = [image_column, *(name for name in names if name.startswith(f"source_{image_column}"))]
@@ -170,10 +175,11 @@ def _parquet_records(path: Path, image_column: str, text_column: str) -> Iterato
             sources = [f"{path.name}::{number}::{name}" for name in images[1:]]
             row["source_file_path"] = sources or row.get("source_file_path")
         inside = tuple(("parquet", str(path), number, name) for name in images)
-        yield _record(row, number, f"{path.name} row {number}", image_column, text_column, inside)
+        row_column = "file_path" if images else image_column
+        yield _record(row, number, f"{path.name} row {number}", row_column, text_column, inside)
 
 
-def _tar_records(path: Path, text_column: str) -> Iterator[Record]:
+def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
     """WebDataset's rule: members of one sample share the name up to its first dot."""
     samples: dict[str, tuple[dict, dict]] = {}  # key -> (row, images)
     with tarfile.open(path, "r:") as tar:
@@ -185,7 +191,8 @@ def _tar_records(path: Path, text_column: str) -> Iterator[Record]:
                 kind = suffix if suffix.startswith("source") else ""  # "" is the target and sorts before the sources
                 images[kind] = ("tar", str(path), member.offset_data, member.size)
             elif suffix == "txt":
-                row[text_column] = tar.extractfile(member).read().decode("utf-8", errors="replace").strip()
+                text = tar.extractfile(member).read().decode("utf-8", errors="replace")
+                row[text_column or TEXT_COLUMNS[0]] = text.strip()
             elif suffix == "json":
                 try:
                     row.update(json.loads(tar.extractfile(member).read()))
@@ -212,8 +219,11 @@ def inside_folder(folder: str | Path, path: str) -> Path:
     return Path(full)
 
 
-def read_bytes(record: Record, train_data_dir: str | Path, which: int | None = None) -> bytes:
-    """The encoded bytes of the target (which=None) or of source `which`. Works in threads and in loader workers."""
+def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
+    """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names. Works
+    in threads and in loader workers."""
+    if isinstance(which, str):
+        return inside_folder(train_data_dir, str(record.extra[which])).read_bytes()
     place = 0 if which is None else which + 1
     value: object = record.file_path if which is None else record.source_file_path[which]
     if place < len(record.inside):
@@ -232,108 +242,7 @@ def read_bytes(record: Record, train_data_dir: str | Path, which: int | None = N
 
 
 def load_image(
-    record: Record, train_data_dir: str | Path, which: int | None = None, at_least: tuple[int, int] | None = None
+    record: Record, train_data_dir: str | Path, which: int | str | None = None, at_least: tuple[int, int] | None = None
 ) -> Image.Image:
-    """RGB target (which=None) or source image `which` of a record; at_least as in decode_image."""
+    """RGB target (which=None), source `which`, or picture of column `which`; at_least as in decode_image."""
     return decode_image(read_bytes(record, train_data_dir, which), at_least)
-
-
-# ---- the check of every row
-
-
-def _check(
-    record: Record,
-    train_data_dir: str | Path,
-    known_good: Collection[str],
-    max_pixels: int,
-    source_problem: Callable[[int, int], str],
-    check: Callable[[bytes, bool, int], tuple[int, int]],
-) -> Record:
-    """The record with digest, width and height filled in, or with its `problem`."""
-    if record.problem:
-        return record
-    names = ["", *(f"source {i} ({path}): " for i, path in enumerate(record.source_file_path))]
-    digest, images, sizes = hashlib.blake2b(digest_size=16), [], []
-    try:
-        for place in range(len(names)):
-            images.append(read_bytes(record, train_data_dir, place - 1 if place else None))
-            digest.update(len(images[-1]).to_bytes(8, "little") + images[-1])
-        decode = digest.hexdigest() not in known_good
-        for place in range(len(names)):
-            sizes.append(check(images[place], decode, max_pixels))
-            if place and (problem := source_problem(*sizes[-1])):
-                raise ValueError(problem)
-    except (FileNotFoundError, NotADirectoryError):
-        return dataclasses.replace(record, problem=f"{names[place]}missing")
-    except (OSError, ValueError) as error:
-        return dataclasses.replace(record, problem=f"{names[place]}{error}")
-    (width, height), *source_sizes = sizes
-    return dataclasses.replace(
-        record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
-    )
-
-
-def check_records(
-    records: Sequence[Record],
-    train_data_dir: str | Path,
-    on_bad_rows: str = "error",
-    output_dir: str | Path | None = None,
-    known_good: Collection[str] = frozenset(),
-    progress: bool = True,
-    max_pixels: int | None = None,
-    types: Collection[str] = ("image",),
-    source_problem: Callable[[int, int], str] = lambda width, height: "",
-    checks: Mapping[str, Callable[[bytes, bool, int], tuple[int, int]]] = MappingProxyType({}),
-) -> list[Record]:
-    """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
-
-    on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
-    types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
-    89 million. source_problem: what makes a source image of (width, height) unusable, "" if nothing. checks: what
-    takes check_image's place for the files of another type ({"video": check_video}). The same answer on every rank.
-    """
-    wrong = f"expected {' or '.join(types)}"
-    records = [
-        dataclasses.replace(r, problem=f"type is {r.type!r}, {wrong}") if not r.problem and r.type not in types else r
-        for r in records
-    ]
-    if on_bad_rows not in ("error", "skip"):
-        raise ValueError(f"on_bad_rows is {on_bad_rows!r}; expected error or skip")
-    limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
-    with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        results = pool.imap(
-            lambda record: _check(
-                record, train_data_dir, known_good, limit, source_problem, checks.get(record.type, check_image)
-            ),
-            records,
-            chunksize=8,
-        )
-        results = list(tqdm(results, "check data", len(records), unit="row", disable=not progress))
-    bad = [record for record in results if record.problem]
-    good = [record for record in results if not record.problem]
-    if bad and (on_bad_rows == "error" or not good):
-        advice = "repair them, or leave them out with --on_bad_rows skip" if good else "none is left to train on"
-        rows = [f"\n  {record.where}: {record.file_path or '(no file)'}: {record.problem}" for record in bad[:20]]
-        raise ValueError(f"{len(bad)} of {len(results)} rows are bad; {advice}. The first {len(rows)}:{''.join(rows)}")
-    if bad:
-        _write_bad_rows(bad, output_dir)
-        listed = f", listed in {Path(output_dir, 'bad_rows.jsonl')}" if output_dir else ""
-        print(f"{len(bad)} of {len(results)} rows are bad and left out (--on_bad_rows skip){listed}")
-    return good
-
-
-def _write_bad_rows(bad: list[Record], output_dir: str | Path | None) -> None:
-    if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        half = Path(output_dir, f"bad_rows.{os.getpid()}.tmp")
-        rows = [{"file": r.file_path, "row": r.row, "where": r.where, "reason": r.problem} for r in bad]
-        half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        half.replace(Path(output_dir, "bad_rows.jsonl"))
-
-
-def hold_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """(rows to train on, held-out rows): `count` of them, at most a tenth, drawn by the seed, in manifest order."""
-    drawn = np.random.RandomState(seed).permutation(len(records))[: min(count, len(records) // 10)]
-    held_out = set(drawn.tolist())
-    return [r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)]

@@ -1,0 +1,1 @@
+"""Rows: read, checked, encoded once, and dealt into micro-batches."""

@@ -1,0 +1,164 @@
+"""The check of every row before training: a bad one is named by file, row number and reason."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.data.images import check_image
+from common.data.manifest import Record, load_manifest, read_bytes
+from common.processes import Run, on_main, progress_bar
+from common.settings import Pictured
+
+
+def load_records(
+    cfg: Pictured,
+    run: Run,
+    known_good: Collection[str],
+    row_problem: Callable[[Record], str] = lambda record: "",
+    **checks: Any,
+) -> tuple[list[Record], list[Record]]:
+    """Checked rows: those to train on, and those held out for the validation loss. row_problem: why this recipe cannot
+    use a row, "" if it can; checks: see check_records."""
+
+    def load() -> tuple[list[Record], list[Record]]:
+        columns = cfg.pictures.image_column, cfg.pictures.text_column
+        records = load_manifest(cfg.data.train_data_dir, cfg.data.train_data_meta, *columns)
+        return hold_out(check(cfg, records, known_good, row_problem, **checks), held_out, cfg.run.seed)
+
+    held_out = cfg.drawing.num_validation_samples
+    return on_main(run, load)
+
+
+def check(
+    cfg: Pictured,
+    records: Sequence[Record],
+    known_good: Collection[str] = frozenset(),
+    row_problem: Callable[[Record], str] = lambda record: "",
+    **checks: Any,
+) -> list[Record]:
+    """The rows that this recipe can use; the others are a ValueError or left out, as on_bad_rows says."""
+    records = [r if r.problem else dataclasses.replace(r, problem=row_problem(r)) for r in records]
+    return check_records(
+        records, cfg.data.train_data_dir, cfg.data.on_bad_rows, cfg.run.output_dir, known_good, **checks
+    )
+
+
+def _check(
+    record: Record,
+    train_data_dir: str | Path,
+    known_good: Collection[str],
+    max_pixels: int,
+    source_problem: Callable[[int, int], str],
+    check: Callable[[bytes, bool, int], tuple[int, int]],
+    file_columns: Sequence[str],
+) -> Record:
+    """The record with digest, width and height filled in, or with its `problem`."""
+    if record.problem:
+        return record
+    sources = record.source_file_path
+    names = ["", *(f"source {i} ({path}): " for i, path in enumerate(sources)), *(f"{c}: " for c in file_columns)]
+    places = [None, *range(len(sources)), *file_columns]
+    digest, images, sizes = hashlib.blake2b(digest_size=16), [], []
+    try:
+        for place in range(len(names)):
+            if place > len(sources) and not isinstance(record.extra.get(places[place]), str):
+                raise ValueError(f"is {record.extra.get(places[place])!r}, expected a path")
+            images.append(read_bytes(record, train_data_dir, places[place]))
+            digest.update(len(images[-1]).to_bytes(8, "little") + images[-1])
+        decode = digest.hexdigest() not in known_good
+        for place in range(len(names)):
+            sizes.append(check(images[place], decode, max_pixels))
+            if 0 < place <= len(sources) and (problem := source_problem(*sizes[-1])):
+                raise ValueError(problem)
+    except (FileNotFoundError, NotADirectoryError):
+        return dataclasses.replace(record, problem=f"{names[place]}missing")
+    except (OSError, ValueError) as error:
+        return dataclasses.replace(record, problem=f"{names[place]}{error}")
+    (width, height), *source_sizes = sizes[: 1 + len(sources)]
+    return dataclasses.replace(
+        record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
+    )
+
+
+def check_records(
+    records: Sequence[Record],
+    train_data_dir: str | Path,
+    on_bad_rows: str = "error",
+    output_dir: str | Path | None = None,
+    known_good: Collection[str] = frozenset(),
+    progress: bool = True,
+    max_pixels: int | None = None,
+    types: Collection[str] = ("image",),
+    source_problem: Callable[[int, int], str] = lambda width, height: "",
+    checks: Mapping[str, Callable[[bytes, bool, int], tuple[int, int]]] = MappingProxyType({}),
+    file_columns: Sequence[str] = (),
+) -> list[Record]:
+    """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
+
+    on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
+    types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
+    89 million. source_problem: what makes a source image of (width, height) unusable, "" if nothing. checks: what
+    takes check_image's place for the files of another type ({"video": check_video}). file_columns: further columns
+    that name a picture (a mask): checked too, their bytes are part of the digest. The same answer on every rank.
+    """
+    wrong = f"expected {' or '.join(types)}"
+    records = [
+        dataclasses.replace(r, problem=f"type is {r.type!r}, {wrong}") if not r.problem and r.type not in types else r
+        for r in records
+    ]
+    if on_bad_rows not in ("error", "skip"):
+        raise ValueError(f"on_bad_rows is {on_bad_rows!r}; expected error or skip")
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
+    with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        results = pool.imap(
+            lambda record: _check(
+                record,
+                train_data_dir,
+                known_good,
+                limit,
+                source_problem,
+                checks.get(record.type, check_image),
+                file_columns,
+            ),
+            records,
+            chunksize=8,
+        )
+        results = list(progress_bar(results, "check data", len(records), unit="row", disable=not progress))
+    bad = [record for record in results if record.problem]
+    good = [record for record in results if not record.problem]
+    if bad and (on_bad_rows == "error" or not good):
+        advice = "repair them, or leave them out with --on_bad_rows skip" if good else "none is left to train on"
+        rows = [f"\n  {record.where}: {record.file_path or '(no file)'}: {record.problem}" for record in bad[:20]]
+        raise ValueError(f"{len(bad)} of {len(results)} rows are bad; {advice}. The first {len(rows)}:{''.join(rows)}")
+    if bad:
+        _write_bad_rows(bad, output_dir)
+        listed = f", listed in {Path(output_dir, 'bad_rows.jsonl')}" if output_dir else ""
+        print(f"{len(bad)} of {len(results)} rows are bad and left out (--on_bad_rows skip){listed}")
+    return good
+
+
+def _write_bad_rows(bad: list[Record], output_dir: str | Path | None) -> None:
+    if output_dir is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        half = Path(output_dir, f"bad_rows.{os.getpid()}.tmp")
+        rows = [{"file": r.file_path, "row": r.row, "where": r.where, "reason": r.problem} for r in bad]
+        half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        half.replace(Path(output_dir, "bad_rows.jsonl"))
+
+
+def hold_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """(rows to train on, held-out rows): `count` of them, at most a tenth, drawn by the seed, in manifest order."""
+    drawn = np.random.RandomState(seed).permutation(len(records))[: min(count, len(records) // 10)]
+    held_out = set(drawn.tolist())
+    return [r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)]

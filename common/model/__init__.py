@@ -1,0 +1,1 @@
+"""Weights: loaded and sharded part by part, averaged, exported."""

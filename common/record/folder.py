@@ -1,0 +1,134 @@
+"""A run's folder: who may write into it, which checkpoints it holds, its rows, its settings and environment."""
+
+import contextlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common import rules
+from common.processes import Run
+
+STATE_FILE = "trainer_state.json"
+# what a run leaves beside its checkpoints
+RESULTS = ("validation_images/", "export/", "best/", "final/", "evaluation/")
+
+
+def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
+    """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
+
+    Called twice: at first with delete=False, and again when data and model are there, so that a mistake in the
+    settings deletes nothing.
+
+    A new run must find no checkpoints and none of RESULTS, and a resumed one no checkpoints newer than its own:
+    "latest" must never mean another branch.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = list_checkpoints(folder)
+    if resume is None:
+        earlier = [*(p.name for p in checkpoints), *(name for name in RESULTS if (folder / name).exists())]
+    else:
+        inside = resume.resolve().parent == folder.resolve()
+        earlier = [p.name for p in checkpoints if not inside or _step(p) > _step(resume)]
+    if earlier and not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds {earlier[0]} of another run; go on with --resume_from_checkpoint latest, "
+            "take another --output_dir, or delete it with --overwrite_output_dir"
+        )
+    for path in [*(folder / name for name in earlier), *folder.glob("checkpoint-*.partial")] if delete else []:
+        shutil.rmtree(path)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def read_state(folder: Path) -> dict:
+    """What save_checkpoint was given as `state`, with step, launch, strategy and world_size."""
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    found = [
+        p
+        for p in Path(output_dir).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE_FILE).is_file()
+    ]
+    return sorted(found, key=_step)
+
+
+def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one.
+
+    None if there is none; anything else is a path.
+    """
+    if not resume:
+        return None
+    if resume == "latest":
+        found = list_checkpoints(output_dir)
+        return found[-1] if found else None
+    for folder in (Path(resume), Path(output_dir) / resume):
+        if (folder / STATE_FILE).is_file():
+            return folder
+    names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+    raise ValueError(
+        f"resume_from_checkpoint {resume!r} is no complete checkpoint; "
+        f"in {output_dir} there are: {names}. Or say latest"
+    )
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """On resume, drop rows after the checkpoint's step, so that the file reads as one straight run; on a fresh start,
+    all of them."""
+    if path.is_file():
+        rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_config(cfg: object, path: str | Path) -> None:
+    """Write the resolved configuration as flat YAML that `parse_config` reads back (settings that are None stay
+    out)."""
+    values = {name: value for name, value in rules.flat(cfg).items() if value is not None}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def write_environment(run: Run, output_dir: str | Path) -> None:
+    """environment.json: versions, commit, hardware, launch file and command, for whoever repeats the run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in "torch diffusers transformers accelerate deepspeed peft bitsandbytes flashoptim safetensors".split():
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=run.recipe_dir, capture_output=True, text=True)
+    facts = {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "processes": run.world_size,
+        "launch": run.launch,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    (Path(output_dir) / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,297 @@
+"""The settings that recipes share, with their help and their own rules, declared once, in groups.
+
+A recipe's Config has the groups that it needs as fields of type Flat[...], beside fields of its own. Flags, YAML files
+and the saved config.yaml stay flat: --learning_rate, not --optim.learning_rate. A group's rules are its `check`, which
+start/config.py calls when the last flag has won. Where a default differs by model, the recipe gives its own to the
+group.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
+
+import tyro
+
+from common.rules import at_least, multiple_of, within
+
+Group = TypeVar("Group")
+Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "flash_adamw", "adafactor"]
+
+
+@dataclass
+class Run:
+    """Where results go, and how a run starts and goes on."""
+
+    output_dir: str = ""
+    """where everything is written; outputs/<recipe>/<config> of the repository when empty"""
+    overwrite_output_dir: bool = False
+    """delete what an earlier run saved in output_dir"""
+    seed: int = 42
+    """seed of everything that is drawn at random"""
+    launch: str = "single"
+    """launch file in accelerate/ that run.sh uses; LAUNCH=... overrides it"""
+    checkpointing_steps: int = 500
+    """steps between checkpoints, and one at the end; 0 saves none"""
+    checkpoints_total_limit: int = 2
+    """newest checkpoints kept; 0 keeps all"""
+    resume_from_checkpoint: str | None = None
+    """a checkpoint folder, or "latest" """
+    logging_steps: int = 1
+    """steps between rows of metrics.jsonl"""
+    report_to: Literal["none", "wandb", "tensorboard"] = "none"
+    """tracker; wandb is offline when not logged in; metrics.jsonl and curves.png are always written"""
+    tracker_project_name: str = ""
+    """project name at the tracker; the recipe folder's name when empty"""
+    benchmark: bool = False
+    """random weights and inputs of the full size: print throughput, MFU and memory, and stop"""
+
+    def check(self) -> None:
+        at_least(self, 1, "logging_steps")
+        at_least(self, 0, "seed", "checkpointing_steps", "checkpoints_total_limit")
+
+
+@dataclass
+class Data:
+    """Which rows to train on."""
+
+    train_data_dir: str | None = None
+    """folder of the data; paths in its manifest are relative to it; "tiny" is the embedded drawn data"""
+    train_data_meta: str | None = None
+    """manifest, where it is not found by its usual names in train_data_dir"""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """what a row that cannot be used does: stop with a list, or be left out and listed in bad_rows.jsonl"""
+    dataloader_num_workers: int = 2
+    """processes that prepare batches ahead"""
+
+    def check(self) -> None:
+        at_least(self, 0, "dataloader_num_workers")
+
+
+@dataclass
+class Pictures:
+    """How rows of pictures with captions are read, and what is kept of them."""
+
+    image_column: str | None = None
+    """column of the pictures; file_path, file_name or image when not given"""
+    text_column: str | None = None
+    """column of the captions; text, caption or prompt when not given"""
+    cache_dir: str | None = None
+    """where encoded latents and prompts are kept, for several runs if wanted; <output_dir>/embedding_cache if not
+    given"""
+    caption_dropout: float = 0.1
+    """share of samples trained with the encoded empty caption, for classifier-free guidance"""
+
+    def check(self) -> None:
+        within(self, 0, 1, "caption_dropout")
+
+
+@dataclass
+class Buckets:
+    """Sizes of pictures."""
+
+    resolution: int = 1024
+    """target area is resolution squared, in aspect-ratio buckets"""
+    bucket_multiple: int = 16
+    """buckets' sides are multiples of this many pixels; the model needs 16"""
+
+    def check(self) -> None:
+        if self.bucket_multiple < 16 or self.bucket_multiple % 16:
+            raise ValueError(f"bucket_multiple must be a multiple of 16, got {self.bucket_multiple}; use 16 or 32")
+        multiple_of(self, "resolution", self.bucket_multiple, "bucket_multiple")
+
+
+@dataclass
+class Batch:
+    """How many samples a step has, and how many steps there are."""
+
+    train_batch_size: int = 1
+    """samples a process sees at once"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches a process adds up before a step"""
+    global_batch_size: int = 0
+    """samples a step over all processes; when given, it sets gradient_accumulation_steps"""
+    max_train_steps: int = 1000
+    """optimizer steps"""
+    num_train_epochs: int = 0
+    """when given, sets max_train_steps to this many passes over the data, unless the command line gives both"""
+
+    def check(self) -> None:
+        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
+        at_least(self, 0, "global_batch_size", "num_train_epochs")
+
+    def steps_for(self, rows: int, world_size: int) -> int:
+        """max_train_steps, or what num_train_epochs passes over so many rows take."""
+        if not self.num_train_epochs:
+            return self.max_train_steps
+        return -(-self.num_train_epochs * rows // self.samples_a_step(world_size))
+
+    def samples_a_step(self, world_size: int) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps * world_size
+
+
+@dataclass
+class Precision:
+    """What weights are computed in."""
+
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+    """compute in bf16; "no" is float32 throughout"""
+
+
+@dataclass
+class AdapterPrecision:
+    """What a frozen base and its adapters are computed in."""
+
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """compute in bf16, or in fp16 with a loss scale, for cards without bf16; "no" is float32 throughout"""
+
+
+@dataclass
+class Speed:
+    """What is recomputed, and what is compiled."""
+
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a quarter more time"""
+    compile: bool = False
+    """torch.compile the repeated blocks (about a minute at the start, faster steps on a GPU)"""
+
+
+@dataclass
+class Optim:
+    """Learning rate, AdamW's numbers, clipping."""
+
+    learning_rate: float = 5e-6
+    """peak learning rate"""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
+    lr_warmup_steps: int = 0
+    """steps of linear warm-up"""
+    adam_beta1: float = 0.9
+    """AdamW's first beta"""
+    adam_beta2: float = 0.999
+    """AdamW's second beta"""
+    adam_weight_decay: float = 0.01
+    """decoupled weight decay"""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon"""
+    max_grad_norm: float = 1.0
+    """global gradient norm to clip to; 0 does not clip"""
+
+    def check(self) -> None:
+        at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
+        within(self, 0, 1, "adam_beta1", "adam_beta2")
+
+
+@dataclass
+class FullTuning:
+    """How a transformer's own weights train, and what becomes of them."""
+
+    transformer_path: str | None = None
+    """another folder of transformer weights to start from, for example export/transformer of an earlier run"""
+    optimizer: Optimizer = "adamw"
+    """see common/step/optimizers.py for memory and where each may run"""
+    gradient_release: bool = False
+    """step each parameter inside backward and free its gradient; no accumulation, no clipping"""
+    ema_decay: float = 0.0
+    """decay (0.999 for example) of averaged weights for validation and export, 4 bytes a parameter; 0 keeps none"""
+    nvme_path: str | None = None
+    """fast disk for LAUNCH=zero3_nvme; <output_dir>/nvme when not given"""
+    export_model: bool = True
+    """write the trained weights to export/ at the end"""
+
+    def check(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is a share from 0 to under 1, got {self.ema_decay}; use 0.999, say, or 0")
+
+
+@dataclass
+class AdapterTuning:
+    """How small adapters on a frozen base train."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """see common/step/optimizers.py for memory and where each may run"""
+
+    # of full tuning alone
+    gradient_release: ClassVar[bool] = False
+    ema_decay: ClassVar[float] = 0.0
+    nvme_path: ClassVar[str | None] = None
+    export_model: ClassVar[bool] = True
+
+
+@dataclass
+class FlowMatching:
+    """How sigma is drawn, and what an error at it counts."""
+
+    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """how sigma is drawn, before the shift"""
+    logit_mean: float = 0.0
+    """mean of logit_normal"""
+    logit_std: float = 1.0
+    """standard deviation of logit_normal"""
+    mode_scale: float = 1.29
+    """scale of mode sampling"""
+    timestep_shift: float = 0.0
+    """fixed shift of sigma towards noise; 0 takes the checkpoint's, which grows with resolution"""
+    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """weight of the squared error by sigma"""
+    cache_moments: bool = False
+    """draw latents from the VAE's posterior at every step instead of taking its mode"""
+
+    def check(self) -> None:
+        at_least(self, 0, "timestep_shift", "logit_std")
+
+
+@dataclass
+class Validation:
+    """When to validate."""
+
+    validation_steps: int = 100
+    """steps between validations, and one before the first step and at the end; 0 does none"""
+
+    def check(self) -> None:
+        at_least(self, 0, "validation_steps")
+
+
+@dataclass
+class Drawing:
+    """What validation of an image model measures and draws."""
+
+    num_validation_samples: int = 8
+    """rows held out of training for the validation loss (at most a tenth of the data)"""
+    num_inference_steps: int = 30
+    """sampling steps of validation pictures"""
+    guidance_scale: float = 4.0
+    """classifier-free guidance of validation pictures"""
+
+    def check(self) -> None:
+        at_least(self, 0, "num_validation_samples", "guidance_scale")
+        at_least(self, 2, "num_inference_steps")
+
+
+@dataclass
+class Prompts:
+    """What validation draws."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt); when not given, those
+    of train_data_dir (validation_prompts.txt; of edits validation.json), or else four held-out rows"""
+
+
+class Shared(Protocol):
+    """What common/ knows of every recipe's Config."""
+
+    pretrained_model_name_or_path: str
+    run: Run
+    data: Data
+    batch: Batch
+    precision: Precision | AdapterPrecision
+    speed: Speed
+    optim: Optim
+    tuning: FullTuning | AdapterTuning
+    validation: Validation
+
+
+class Pictured(Shared, Protocol):
+    """What common/ knows of an image recipe's Config."""
+
+    pictures: Pictures
+    drawing: Drawing

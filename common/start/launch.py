@@ -1,0 +1,223 @@
+"""Processes and strategy, from what `accelerate launch` put into the environment; signals."""
+
+import datetime
+import importlib.util
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+
+from common.processes import Run, on_main, stop
+from common.record.folder import claim_output_dir, find_checkpoint
+from common.settings import Shared
+from common.start.folders import resolve_paths
+from common.step.optimizers import GradientRelease, check_optimizer
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+def set_up(
+    cfg: Shared,
+    recipe_dir: Path,
+    argv: Sequence[str] | None = None,
+    backwards: int = 1,
+    find_unused_parameters: bool = True,
+) -> Run:
+    """Start the processes' group and the accelerator, name the output folder and the checkpoint to go on from.
+
+    FSDP2 is read from the launch file's variables but done by common/model/sharding.py (accelerate's plugin is
+    inactive on a CPU). Everything that DeepSpeed takes from its own JSON and would silently prefer is written from the
+    config: accumulation, clipping, micro batch. Raises ValueError where the optimizer cannot run under the strategy or
+    the global batch size cannot be divided.
+
+    backwards: of a micro-batch, each a micro-step of the loop. find_unused_parameters: False where every parameter
+    that trains gets a gradient in every backward, and DDP need not search.
+    """
+    resolve_paths(cfg, recipe_dir, argv)
+    _handle_signals()
+    fsdp, uses_deepspeed = _read_launch_file(recipe_dir)
+    world_size = _start_process_group(bool(fsdp) or uses_deepspeed)
+    _share_global_batch(cfg, world_size)
+    micro_steps = cfg.batch.gradient_accumulation_steps * backwards
+    dtype = weights_dtype(cfg, uses_deepspeed)
+    accelerator = _make_accelerator(cfg, uses_deepspeed, dtype, micro_steps, find_unused_parameters)
+    assert accelerator.num_processes == world_size, (
+        f"launched as {world_size} processes, the accelerator sees {accelerator.num_processes}"
+    )
+    strategy, offload = "ddp" if world_size > 1 else "single", "none"
+    if fsdp:
+        strategy, offload = "fsdp2", "cpu" if fsdp.get("FSDP_OFFLOAD_PARAMS", "false") == "true" else "none"
+    elif uses_deepspeed:
+        strategy, offload = _fill_deepspeed_config(accelerator, cfg, world_size, micro_steps)
+    cfg.run.launch = strategy + {"none": "", "cpu": "_offload", "nvme": "_nvme"}[offload]
+    _refuse(cfg, strategy, offload, world_size)
+    run = Run(
+        accelerator=accelerator,
+        strategy=strategy,
+        launch=cfg.run.launch,
+        offload=offload != "none",
+        recipe_dir=recipe_dir,
+        accumulation=micro_steps,
+        compute_dtype=COMPUTE_DTYPES[cfg.precision.mixed_precision],
+        weights_dtype=dtype,
+        fsdp=fsdp,
+        benchmark=cfg.run.benchmark,
+        validates=cfg.validation.validation_steps > 0 and not cfg.run.benchmark,
+        resume=None,
+    )
+    run.resume = on_main(run, find_checkpoint, cfg.run.output_dir, cfg.run.resume_from_checkpoint)
+    on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, delete=False)
+    return run
+
+
+def _read_launch_file(recipe_dir: Path) -> tuple[dict[str, str], bool]:
+    """(FSDP_* variables of the launch file, whether DeepSpeed is asked for), and the environment made ready for
+    either."""
+    if "--launch" in sys.argv:
+        raise ValueError("--launch comes too late, the processes are running: use LAUNCH=NAME run.sh ..., or the YAML")
+    fsdp: dict[str, str] = {}
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        fsdp = {"FSDP_VERSION": "2"} | {key: value for key, value in os.environ.items() if key.startswith("FSDP_")}
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if uses_deepspeed:
+        # a launch file's mixed_precision must not stop accelerate: the config decides
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        # compiled operators are kept for each environment: their build files name its headers, and fail without them
+        cache = Path.home() / ".cache" / "torch_extensions" / f"{zlib.crc32(sys.prefix.encode()):08x}"
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
+        # launch files name deepspeed/zero3.json relative to their recipe, whatever the working directory is
+        path = Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+        if not path.is_absolute() and (recipe_dir / path).is_file():
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(recipe_dir / path)
+    return fsdp, uses_deepspeed
+
+
+def _start_process_group(is_asked_for: bool) -> int:
+    """The number of processes; their group is started where there are several, or a strategy needs one of its own."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    needed = "RANK" in os.environ and (world_size > 1 or is_asked_for)
+    if needed and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # hours, not 30 minutes: rank 0 may download a model or check a large data set while the others wait
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+    return world_size
+
+
+def _share_global_batch(cfg: Shared, world_size: int) -> None:
+    """gradient_accumulation_steps from global_batch_size, where that is given."""
+    per_micro_step = cfg.batch.train_batch_size * world_size
+    if cfg.batch.global_batch_size % per_micro_step:
+        raise ValueError(
+            f"global_batch_size {cfg.batch.global_batch_size} does not divide by train_batch_size "
+            f"{cfg.batch.train_batch_size} x {world_size} processes; use a multiple of {per_micro_step}, another "
+            "NPROC, or --gradient_accumulation_steps with --global_batch_size 0"
+        )
+    if cfg.batch.global_batch_size:
+        cfg.batch.gradient_accumulation_steps = cfg.batch.global_batch_size // per_micro_step
+
+
+def _make_accelerator(
+    cfg: Shared, uses_deepspeed: bool, dtype: torch.dtype, micro_steps: int, find_unused_parameters: bool
+) -> Accelerator:
+    on_cuda = torch.cuda.is_available()
+    # unused: a last block's text branch, for one, gets no gradient. cpu and backend: without them, accelerate sees
+    # "no distribution" on a machine without GPU, and each process silently trains alone.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    if uses_deepspeed and not on_cuda:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        cpu=not on_cuda and not uses_deepspeed,
+        mixed_precision=cfg.precision.mixed_precision if uses_deepspeed or dtype == torch.float32 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_steps, sync_with_dataloader=False),
+        kwargs_handlers=handlers,
+        log_with=_trackers(cfg.run.report_to),
+        project_dir=cfg.run.output_dir,
+    )
+
+
+def _fill_deepspeed_config(
+    accelerator: Accelerator, cfg: Shared, world_size: int, micro_steps: int
+) -> tuple[str, str]:
+    """Write the settings into DeepSpeed's; returns (zero2 or zero3, where its optimizer state lies: none, cpu,
+    nvme)."""
+    # transformers partitions what it loads as long as this object lives, but frozen encoders must stay whole
+    accelerator.state.deepspeed_plugin.dschf = None
+    ds = accelerator.state.deepspeed_plugin.deepspeed_config
+    ds["train_micro_batch_size_per_gpu"] = cfg.batch.train_batch_size
+    ds["gradient_accumulation_steps"] = micro_steps
+    ds["train_batch_size"] = cfg.batch.train_batch_size * micro_steps * world_size
+    ds["gradient_clipping"] = cfg.optim.max_grad_norm
+    ds["bf16"] = {**ds.get("bf16", {}), "enabled": cfg.precision.mixed_precision == "bf16"}
+    zero = ds["zero_optimization"]
+    for section in ("offload_param", "offload_optimizer"):
+        if zero.get(section, {}).get("device") == "nvme":
+            folder = Path(cfg.tuning.nvme_path or Path(cfg.run.output_dir) / "nvme")
+            folder.mkdir(parents=True, exist_ok=True)
+            zero[section]["nvme_path"] = str(folder)
+    return f"zero{zero['stage']}", zero.get("offload_optimizer", {}).get("device", "none")
+
+
+def _refuse(cfg: Shared, strategy: str, offload: str, world_size: int) -> None:
+    check_optimizer(cfg, strategy, offload != "none", world_size)
+    if cfg.tuning.ema_decay and offload == "nvme":
+        raise ValueError("ema_decay is not possible under zero3_nvme (weights lie on the disk); use --ema_decay 0")
+    if strategy.startswith("zero") and cfg.precision.mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 is not set up for DeepSpeed here; use bf16 or no, or LAUNCH=ddp")
+
+
+def weights_dtype(cfg: Shared, uses_deepspeed: bool) -> torch.dtype:
+    """bf16 where precision is kept elsewhere (DeepSpeed's masters, flash_adamw's extra bits, stochastic rounding),
+    fp32 masters otherwise.
+
+    flash_adamw on a CPU has no extra bits, so its weights are fp32 there.
+    """
+    if cfg.precision.mixed_precision != "bf16":  # under fp16 too: weights that train are fp32 masters there
+        return torch.float32
+    name = cfg.tuning.optimizer
+    keeps_precision = name == "adafactor" or (name == "flash_adamw" and torch.cuda.is_available())
+    return torch.bfloat16 if uses_deepspeed or keeps_precision else torch.float32
+
+
+def prepare(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradient_release: bool = False
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
+    its hooks."""
+    if gradient_release:
+        run.release = GradientRelease(optimizer)
+    if run.strategy == "fsdp2":
+        return model, run.accelerator.prepare(optimizer)
+    return run.accelerator.prepare(model, optimizer)
+
+
+def _handle_signals() -> None:
+    def ask_to_stop(signum: int, frame: object) -> None:
+        if stop.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, ask_to_stop)
+
+
+def _trackers(report_to: str) -> str | None:
+    """The tracker's name for accelerate; wandb goes offline when nobody is logged in, and is left out where it is not
+    installed."""
+    if report_to == "none":
+        return None
+    if importlib.util.find_spec(report_to) is None:
+        print(f"{report_to} is not installed: metrics go to metrics.jsonl and curves.png only")
+        return None
+    if report_to == "wandb":
+        netrc = Path.home() / ".netrc"
+        logged_in = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
+        os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
+    return report_to

@@ -1,0 +1,1 @@
+"""One optimizer step: noise and target, seeds, learning rate, clipping, optimizers."""
