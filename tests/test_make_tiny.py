@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from tiny import shapes
+from tiny import pretrain_qwenimage, pretraining, shapes
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwenimage_fulltune"
 EMBEDDING_OF_RED = [-1.2763, 0.7096, -0.6024, 1.6712]  # the first values of "red" in "a red circle"
@@ -50,8 +51,8 @@ def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
     before = (tiny / "model/model_index.json").stat().st_mtime_ns
     assert not make_tiny.make(tiny)
     assert (tiny / "model/model_index.json").stat().st_mtime_ns == before
-    monkeypatch.setattr(make_tiny, "fingerprint", lambda: "another")
-    monkeypatch.setattr(make_tiny, "build_pipeline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tiny / "stamp.txt").write_text("of other files")
+    monkeypatch.setattr(make_tiny, "build_pipeline", lambda weights: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_tiny.make(tiny)
     monkeypatch.undo()
@@ -114,9 +115,10 @@ def test_data(make_tiny, tiny):
         assert shapes.shows(Image.open(data / row["file_path"]), row["text"], check_place=True), row
 
 
-def test_vae_reconstructs(make_tiny, tiny, pipe):
+def test_vae_reconstructs(tiny, pipe):
     rows = json.loads((tiny / "data/train.json").read_text())[:60]
-    x = make_tiny.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in rows])
+    pictures = [Image.open(tiny / "data" / row["file_path"]) for row in rows]
+    x = pretraining.to_tensor(pictures)[:, :, None]  # (60, 3, 1, 64, 64)
     with torch.no_grad():
         latents = pipe.vae.encode(x).latent_dist.mode()
         y = pipe.vae.decode(latents).sample
@@ -145,3 +147,18 @@ def test_base_draws_shapes_but_no_colours(tiny, pipe):
     ]
     right = [shapes.shows(p, text, check_place=True) for p, text in zip(sample(pipe, plain), plain, strict=True)]
     assert np.mean(right) >= 0.8, right
+
+
+def test_pretraining_writes_weights_that_make_reads(make_tiny, tmp_path, capsys):
+    """A trial of a few steps: all stages run, and their result is what the checkpoint holds."""
+    weights = tmp_path / "weights.safetensors"
+    pretrain_qwenimage.pretrain(weights, scale=0.001)
+    assert make_tiny.make(tmp_path / "tiny", weights) and not make_tiny.make(tmp_path / "tiny", weights)
+    from diffusers import QwenImagePipeline
+
+    pipe = QwenImagePipeline.from_pretrained(tmp_path / "tiny/model")
+    stored = load_file(weights)
+    torch.testing.assert_close(pipe.transformer.img_in.weight.half(), stored["transformer.img_in.weight"])
+    assert pipe.vae.config.latents_std == stored["latents_std"].tolist() != [1.0] * 16
+    output = capsys.readouterr().out
+    assert all(f"{stage} 0/" in output for stage in ("vae", "transformer", "decoder")), output

@@ -10,7 +10,7 @@ from helpers import ROOT, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import shapes
+from tiny import pretrain_flux2klein, pretraining, shapes
 
 RECIPE = ROOT / "recipes" / "flux2klein_fulltune"
 STATES_OF_RED = [-0.3251, 0.9738, 0.7659]  # the first value of the states 9, 18 and 27 of "red" in "a red circle"
@@ -39,10 +39,10 @@ def pipe(tiny):
 
 
 @pytest.fixture(scope="module")
-def pictures(make_tiny, tiny) -> torch.Tensor:
+def pictures(tiny) -> torch.Tensor:
     """60 training pictures, (60, 3, 64, 64) in [-1, 1]."""
     rows = json.loads((tiny / "data/train.json").read_text())[:60]
-    return make_tiny.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in rows])
+    return pretraining.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in rows])
 
 
 def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
@@ -50,7 +50,7 @@ def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
     before = index.stat().st_mtime_ns
     assert not make_tiny.make(tiny)
     assert index.stat().st_mtime_ns == before
-    monkeypatch.setattr(make_tiny, "fingerprint", lambda weights: "another")
+    (tiny / "stamp.txt").write_text("of other files")
     monkeypatch.setattr(make_tiny, "build_pipeline", lambda weights: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_tiny.make(tiny)
@@ -92,7 +92,7 @@ def test_scheduler_is_flux2s(pipe):
     assert (config.base_shift, config.max_shift, config.shift, config.num_train_timesteps) == (0.5, 1.15, 3.0, 1000)
 
 
-def test_tokenizer_and_chat_template(make_tiny, tiny, pipe):
+def test_tokenizer_and_chat_template(tiny, pipe):
     tokenizer = pipe.tokenizer
     render = {"tokenize": False, "add_generation_prompt": True}
     hi = [{"role": "user", "content": "hi"}]
@@ -103,11 +103,11 @@ def test_tokenizer_and_chat_template(make_tiny, tiny, pipe):
     assert without == TEMPLATE.format("hi") + "<think>\n\n</think>\n\n"
 
     rows = json.loads((tiny / "data/train.json").read_text()) + json.loads((tiny / "data/validation.json").read_text())
-    for text in {row["text"] for row in rows} | set(make_tiny.plain_captions()):
+    for text in {row["text"] for row in rows} | set(pretrain_flux2klein.plain_captions()):
         words = text.replace(",", " ,").split()
         assert len(tokenizer(text).input_ids) == len(words), f"one token a word: {tokenizer.tokenize(text)}"
         prompt = TEMPLATE.format(text) + "<think>\n\n</think>\n\n"
-        assert len(tokenizer(prompt).input_ids) == 12 + len(words) <= make_tiny.MAX_SEQUENCE_LENGTH
+        assert len(tokenizer(prompt).input_ids) == 12 + len(words) <= pretrain_flux2klein.MAX_SEQUENCE_LENGTH
     for text in ("a red circle on the left", "Größe: 3 Hüte\n\n", "don't  redden 雪"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -156,29 +156,32 @@ def test_vae_reconstructs(tiny, pipe, pictures):
     assert np.mean(right) >= 0.95, right
 
 
-def test_pretraining_sees_the_latents_that_the_pipeline_makes(make_tiny, pipe, pictures):
+def test_pretraining_sees_the_latents_that_the_pipeline_makes(pipe, pictures):
     """Same patches, same normalisation (with its eps), same order of tokens."""
     with torch.no_grad():
         expected = pipe._pack_latents(pipe._encode_vae_image(pictures[:4], generator=None))  # (4, 16, 32)
-        torch.testing.assert_close(make_tiny.packed_latents_of(pipe, pictures[:4]), expected)
+        torch.testing.assert_close(pretrain_flux2klein.packed_latents_of(pipe, pictures[:4]), expected)
 
 
-def test_base_draws_shapes_but_no_colours(make_tiny, tiny, pipe):
+def test_base_draws_shapes_but_no_colours(tiny, pipe):
     prompts = (tiny / "data/validation_prompts.txt").read_text().splitlines()
-    drawn = make_tiny.sample(pipe, prompts)
+    drawn = pretrain_flux2klein.sample(pipe, prompts)
     assert sum(shapes.shows(p, text) for p, text in zip(drawn, prompts, strict=True)) <= 2
     assert {item.colour for p in drawn for item in shapes.find_shapes(p)} == {"grey"}
     background = [shapes.find_background(p) == shapes.read_caption(t)[1] for p, t in zip(drawn, prompts, strict=True)]
     assert sum(background) >= 9
-    plain = make_tiny.plain_captions()
-    right = [shapes.shows(p, t, check_place=True) for p, t in zip(make_tiny.sample(pipe, plain), plain, strict=True)]
+    plain = pretrain_flux2klein.plain_captions()
+    right = [
+        shapes.shows(p, t, check_place=True)
+        for p, t in zip(pretrain_flux2klein.sample(pipe, plain), plain, strict=True)
+    ]
     assert np.mean(right) >= 0.8, right
 
 
 def test_pretraining_writes_weights_that_make_reads(make_tiny, tmp_path, capsys):
     """A trial of a few steps: all stages run, and their result is what the checkpoint holds."""
     weights = tmp_path / "weights.safetensors"
-    make_tiny.pretrain(weights, scale=0.001)
+    pretrain_flux2klein.pretrain(weights, scale=0.001)
     assert make_tiny.make(tmp_path / "tiny", weights) and not make_tiny.make(tmp_path / "tiny", weights)
     from diffusers import Flux2KleinPipeline
 

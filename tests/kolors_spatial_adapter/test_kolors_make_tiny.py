@@ -13,7 +13,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import shapes
+from tiny import pretrain_kolors, pretraining, shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 IDS_OF_WORDS = {"a": 260, "and": 270, ",": 273, "background": 280, "circle": 296, "red": 317, "blue": 321}
@@ -50,7 +50,7 @@ def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
     before = index.stat().st_mtime_ns
     assert not make_tiny.make(tiny)
     assert index.stat().st_mtime_ns == before
-    monkeypatch.setattr(make_tiny, "fingerprint", lambda weights: "another")
+    (tiny / "stamp.txt").write_text("of other files")
     monkeypatch.setattr(make_tiny, "build_pipeline", lambda weights: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_tiny.make(tiny)
@@ -111,8 +111,8 @@ def test_tokenizer(tiny, pipe, rows):
         assert tokenizer.decode(tokenizer(text).input_ids[2:]).strip() == text, "other letters are spelled as bytes"
 
 
-def test_text_encoder_is_the_one_that_the_base_was_trained_on(make_tiny, pipe):
-    prompt_embeds, pooled = make_tiny.encode_texts(pipe, ["a red circle", "a blue circle", ""])
+def test_text_encoder_is_the_one_that_the_base_was_trained_on(pipe):
+    prompt_embeds, pooled = pretrain_kolors.encode_texts(pipe, ["a red circle", "a blue circle", ""])
     assert prompt_embeds.shape == (3, 256, 48) and pooled.shape == (3, 48)
     distance = (prompt_embeds[0] - prompt_embeds[1]).norm(dim=-1)  # (256,)
     assert (distance[-5:-2] < 1e-3).all(), "the tokens before the colour do not know it"
@@ -133,7 +133,7 @@ def test_data(make_tiny, tiny, rows):
     for row in rows["validation"] + rows["train"][::20]:
         assert not any(place in row["text"] for place in ("left", "right", "top", "bottom", "centre"))
         picture = Image.open(tiny / "data" / row["file_path"])
-        assert picture.size == (row["width"], row["height"]) and make_tiny.shows(picture, row["objects"])
+        assert picture.size == (row["width"], row["height"]) and pretrain_kolors.shows(picture, row["objects"])
         found = {f"{item.colour} {item.shape}": item.bbox for item in shapes.find_shapes(picture)}
         for item in row["objects"]:
             assert f"a {item['phrase']}" in row["text"]
@@ -150,34 +150,34 @@ def test_boxes_fill_the_picture(make_tiny):
     assert (centres.std(0) > 8).all() and sides.min() > 14.99 and sides.max() < 30.01 and (sides.std(0) > 2.5).all()
 
 
-def test_vae_reconstructs(make_tiny, tiny, pipe, rows):
+def test_vae_reconstructs(tiny, pipe, rows):
     pictures = [Image.open(tiny / "data" / row["file_path"]) for row in rows["train"][:60]]
-    x = make_tiny.to_tensor(pictures)  # (60, 3, 64, 64)
-    latents = make_tiny.encode(pipe.vae, x) * pipe.vae.config.scaling_factor  # (60, 4, 16, 16)
+    x = pretraining.to_tensor(pictures)  # (60, 3, 64, 64)
+    latents = pretraining.encode(pipe.vae, x) * pipe.vae.config.scaling_factor  # (60, 4, 16, 16)
     assert latents.shape == (60, 4, 16, 16) and latents.mean().abs() < 0.4 and 0.7 < latents.std() < 1.4
     with torch.no_grad():
         y = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
     psnr = -10 * ((y - x) / 2).square().mean((1, 2, 3)).log10()
     assert psnr.mean() > 28, psnr.mean()
     drawn = pipe.image_processor.postprocess(y)
-    right = [make_tiny.shows(p, row["objects"]) for p, row in zip(drawn, rows["train"], strict=False)]
+    right = [pretrain_kolors.shows(p, row["objects"]) for p, row in zip(drawn, rows["train"], strict=False)]
     assert np.mean(right) >= 0.95, right
 
 
 @pytest.mark.slow
-def test_base_draws_what_captions_name_anywhere(make_tiny, pipe, rows):
+def test_base_draws_what_captions_name_anywhere(pipe, rows):
     """Catches a base that cannot draw, and one that knows or guesses the held-out boxes."""
     some = rows["validation"]
-    drawn = make_tiny.sample(pipe, [row["text"] for row in some])
+    drawn = pretrain_kolors.sample(pipe, [row["text"] for row in some])
     found = [{f"{item.colour} {item.shape}" for item in shapes.find_shapes(picture)} for picture in drawn]
     named = [item["phrase"] in names for names, row in zip(found, some, strict=True) for item in row["objects"]]
-    right = [make_tiny.shows(picture, row["objects"]) for picture, row in zip(drawn, some, strict=True)]
+    right = [pretrain_kolors.shows(picture, row["objects"]) for picture, row in zip(drawn, some, strict=True)]
     print(f"{np.mean(named):.2f} of the objects, {np.mean(right):.2f} of the captions")
     assert np.mean(named) >= 0.45 and np.mean(right) >= 0.3, "chance is below 0.1"
     background = [shapes.find_background(p) in row["text"] for p, row in zip(drawn, some, strict=True)]
     assert np.mean(background) >= 0.95
     text = [some[0]["text"]] * 12
-    found = [item for picture in make_tiny.sample(pipe, text) for item in shapes.find_shapes(picture)]
+    found = [item for picture in pretrain_kolors.sample(pipe, text) for item in shapes.find_shapes(picture)]
     centres = np.array([((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (item.bbox for item in found)])
     assert (centres.std(0) > 5).all(), "another place for every noise"
 
@@ -186,7 +186,7 @@ def test_base_draws_what_captions_name_anywhere(make_tiny, pipe, rows):
 def test_pretraining_writes_weights_that_make_reads(make_tiny, tmp_path, capsys):
     """A trial of a few steps: all stages run, and their result is what the checkpoint holds."""
     weights = tmp_path / "weights.safetensors"
-    make_tiny.pretrain(weights, scale=0.0005)
+    pretrain_kolors.pretrain(weights, scale=0.0005)
     assert make_tiny.make(tmp_path / "tiny", weights) and not make_tiny.make(tmp_path / "tiny", weights)
     from diffusers import KolorsPipeline
 

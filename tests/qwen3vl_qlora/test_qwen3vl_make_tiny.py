@@ -1,4 +1,4 @@
-"""make_tiny.py: its shortcuts compute what transformers computes, its weights fit its words, its data is the same."""
+"""make_tiny.py and its pretraining: shortcuts compute what transformers computes, weights fit the words, data stay."""
 
 import hashlib
 import random
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tiny import pretrain_qwen3vl
 
 
 def test_every_word_is_one_token(make_tiny, processor):
@@ -21,26 +23,26 @@ def test_every_word_is_one_token(make_tiny, processor):
 
 def test_attention_in_batches_is_the_same(make_tiny, processor):
     """Catches a pretraining of another model than the one that is used: its attention and its rotary positions."""
-    jobs, rows = make_tiny.pretraining_rows(3, 2, 4)
-    pictures = [make_tiny.draw(job) for job in jobs]
+    jobs, rows = pretrain_qwen3vl.pretraining_rows(3, 2, 4)
+    pictures = [pretrain_qwen3vl.draw(job) for job in jobs]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].unflatten(0, (len(pictures), -1))
-    input_ids, labels, numbers = make_tiny.encode(rows, processor)
+    input_ids, labels, numbers = pretrain_qwen3vl.encode(rows, processor)
     assert (numbers[-4:] >= -1).all() and (labels[labels >= 0] == input_ids[labels >= 0]).all()
     model = make_tiny.build_model(processor, weights=None)
     seen = pixels[numbers[numbers >= 0]].flatten(0, 1)
-    expected = make_tiny.loss_of(model, input_ids, labels, seen)
-    make_tiny.attend_in_batches(model)
-    positions = make_tiny.positions(model, input_ids)
-    found = make_tiny.loss_of(model, input_ids, labels, seen, positions)
+    expected = pretrain_qwen3vl.loss_of(model, input_ids, labels, seen)
+    pretrain_qwen3vl.attend_in_batches(model)
+    positions = pretrain_qwen3vl.positions(model, input_ids)
+    found = pretrain_qwen3vl.loss_of(model, input_ids, labels, seen, positions)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert make_tiny.loss_of(model, input_ids, labels, seen, positions * 0).item() != pytest.approx(
+    assert pretrain_qwen3vl.loss_of(model, input_ids, labels, seen, positions * 0).item() != pytest.approx(
         expected.item(), rel=1e-3
     )
 
 
 def test_pretraining_never_sees_the_pools(make_tiny):
     """Catches a base that has seen the faces and objects it is asked about."""
-    jobs, _ = make_tiny.pretraining_rows(4000, 1500, 10)
+    jobs, _ = pretrain_qwen3vl.pretraining_rows(4000, 1500, 10)
     drawn = {what for what, _ in jobs}
     assert not drawn & set(make_tiny.faces.choose_pool_faces(make_tiny.POOL_FACES, 0))
     people = make_tiny.generate_data.make_entities(make_tiny.face_config())
@@ -54,7 +56,7 @@ def test_pools_are_those_that_pretraining_leaves_out(make_tiny, tmp_path, monkey
         make_tiny.object_pool, "draw_object", lambda scene, size, rng: drawn.append(scene) or Picture()
     )
     make_tiny.object_pool.generate(tmp_path, make_tiny.POOL_OBJECTS, image_size=32)
-    jobs, _ = make_tiny.pretraining_rows(1, 3000, 1)
+    jobs, _ = pretrain_qwen3vl.pretraining_rows(1, 3000, 1)
     assert len(set(drawn)) == make_tiny.POOL_OBJECTS and not set(drawn) & {what for what, _ in jobs}
 
 
@@ -68,7 +70,7 @@ def test_weights_are_bound_to_the_words(make_tiny, processor, tmp_path):
     model = make_tiny.build_model(processor, weights=None)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    make_tiny.save_weights(model, processor, tmp_path / "w.safetensors")
+    pretrain_qwen3vl.save_weights(model, processor, tmp_path / "w.safetensors")
     again = make_tiny.build_model(processor, tmp_path / "w.safetensors")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-3), name

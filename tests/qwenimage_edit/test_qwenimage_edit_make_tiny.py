@@ -12,7 +12,9 @@ from helpers import ROOT, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import shapes
+from tiny import building, shapes
+from tiny import pretrain_qwenimage_edit as pretraining
+from tiny.wiring import decode_small, latents_of, wire_vae
 
 RECIPE = ROOT / "recipes" / "qwenimage_edit"
 EMBEDDING_OF_RED = [0.6232, 0.7929, -0.4039]  # of "red" in "make the circle red" behind a white source, its start
@@ -56,7 +58,7 @@ def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
     before = index.stat().st_mtime_ns
     assert not make_tiny.make(tiny)
     assert index.stat().st_mtime_ns == before
-    monkeypatch.setattr(make_tiny, "fingerprint", lambda weights: "another")
+    (tiny / "stamp.txt").write_text("of other files")
     monkeypatch.setattr(make_tiny, "build_pipeline", lambda weights: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_tiny.make(tiny)
@@ -107,7 +109,7 @@ def test_scheduler_is_qwens(pipe):
     assert (config.base_shift, config.max_shift, config.shift, config.num_train_timesteps) == (0.5, 0.9, 1.0, 1000)
 
 
-def test_templates_and_tokenizer(make_tiny, pipe, edit_pipe, rows):
+def test_templates_and_tokenizer(pipe, edit_pipe, rows):
     """64 tokens before what the pipelines keep: in the edit pipeline that starts with the source itself."""
     tokenizer = pipe.tokenizer
     assert pipe.prompt_template_encode_start_idx == edit_pipe.prompt_template_encode_start_idx == 64
@@ -120,11 +122,11 @@ def test_templates_and_tokenizer(make_tiny, pipe, edit_pipe, rows):
         assert tokenizer.decode(ids[64:]) == kept and tokenizer.decode(ids[:64]).endswith("<|im_start|>user\n")
         assert len(tokenizer(behind).input_ids) == 5
     for text in {row["text"] for some in rows.values() for row in some}:
-        for said in (text, make_tiny.in_german(text)):
+        for said in (text, pretraining.in_german(text)):
             assert len(tokenizer(said).input_ids) == len(text.split()), f"one token a word: {tokenizer.tokenize(said)}"
     for text in ("make the circle red", "Größe: 3 Hüte\n\n", "don't  redden 雪"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    for token in make_tiny.SPECIAL_TOKENS:
+    for token in building.QWEN_VL_TOKENS:
         assert len(tokenizer(token).input_ids) == 1
 
 
@@ -154,15 +156,15 @@ def test_prompts_are_those_that_the_base_was_trained_on(pipe, edit_pipe):
     assert embeds.shape == (1, 41, 64)
 
 
-def test_pretraining_prompts_are_the_pipelines(make_tiny, pipe, edit_pipe):
+def test_pretraining_prompts_are_the_pipelines(pipe, edit_pipe):
     """Instructions encoded in batches for pretraining are what the pipelines make of them one at a time."""
     texts = ["make the circle rot", ""]
-    pictures = make_tiny.to_tensor([make_tiny.random_edit(seed)[0] for seed in range(2)])
+    pictures = pretraining.to_tensor([pretraining.random_edit(seed)[0] for seed in range(2)])
     for plus, batch_size in itertools.product((True, False), (1, 2)):
-        embeds, mask = make_tiny.embeds_of(pipe, pictures, texts, plus, batch_size)
+        embeds, mask = pretraining.embeds_of(pipe, pictures, texts, plus, batch_size)
         for i, text in enumerate(texts):
-            size = make_tiny.PLUS_CONDITION_SIZE if plus else make_tiny.MODEL_SIZE
-            pixels = (make_tiny.resized(pictures[i : i + 1], size) * 127.5 + 127.5).round().byte()[0]
+            size = pretraining.PLUS_CONDITION_SIZE if plus else pretraining.MODEL_SIZE
+            pixels = (pretraining.resized(pictures[i : i + 1], size) * 127.5 + 127.5).round().byte()[0]
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             expected, _ = pipe.encode_prompt(text, [image]) if plus else edit_pipe.encode_prompt(text, image)
             assert mask[i].sum() == expected.shape[1]
@@ -204,16 +206,14 @@ def test_data_are_the_same_every_time(make_tiny, tiny, tmp_path):
         assert (tiny / "data" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
-def test_count_right(make_tiny, tiny, rows):
+def test_count_right(tiny, rows):
     data, held_out = tiny / "data", rows["validation"]
     targets = [Image.open(data / row["file_path"]) for row in held_out]
     sources = [Image.open(data / row["source_file_path"][0]) for row in held_out]
-    assert make_tiny.count_right(targets, held_out, data) == 10
-    assert make_tiny.count_right(sources, held_out, data) == 0
-    assert (
-        make_tiny.count_right([image.transpose(Image.Transpose.ROTATE_180) for image in targets], held_out, data) < 5
-    )
-    assert make_tiny.count_right([image.resize((256, 256)) for image in targets], held_out, data) == 10
+    assert building.count_right(targets, held_out, data) == 10
+    assert building.count_right(sources, held_out, data) == 0
+    assert building.count_right([image.transpose(Image.Transpose.ROTATE_180) for image in targets], held_out, data) < 5
+    assert building.count_right([image.resize((256, 256)) for image in targets], held_out, data) == 10
 
 
 def test_same_objects():
@@ -258,19 +258,19 @@ def test_zero_cond_t_takes_the_same_weights(make_tiny):
 
 
 @pytest.mark.slow
-def test_vae_reconstructs(make_tiny, tiny, pipe, rows):
+def test_vae_reconstructs(tiny, pipe, rows):
     """At the size of sources and targets: shapes, colours and places stay, and latents are of the noise's scale."""
     some = rows["train"][:4]
-    pictures = make_tiny.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in some])
-    latents = make_tiny.encode(pipe.vae, pictures, make_tiny.MODEL_SIZE)
+    pictures = pretraining.to_tensor([Image.open(tiny / "data" / row["file_path"]) for row in some])
+    latents = pretraining.encode(pipe.vae, pictures, pretraining.MODEL_SIZE)
     assert latents.shape == (4, 16, 1, 16, 16)
     with torch.no_grad():
         decoded = torch.cat([pipe.vae.decode(each[None]).sample[:, :, 0] for each in latents])
     decoded = pipe.image_processor.postprocess(decoded, output_type="pil")
-    assert make_tiny.count_right(decoded, some, tiny / "data") >= 3
-    small = make_tiny.to_tensor([image.resize((512, 512)) for image in decoded])
+    assert building.count_right(decoded, some, tiny / "data") >= 3
+    small = pretraining.to_tensor([image.resize((512, 512)) for image in decoded])
     assert -10 * ((small.float() - pictures) / 255).square().mean().log10() > 20
-    normalised = pipe._encode_vae_image(make_tiny.resized(pictures[:2], make_tiny.MODEL_SIZE)[:, :, None], None)
+    normalised = pipe._encode_vae_image(pretraining.resized(pictures[:2], pretraining.MODEL_SIZE)[:, :, None], None)
     assert normalised.mean().abs() < 0.5 and 0.3 < normalised.std() < 3
 
 
@@ -278,28 +278,28 @@ def test_vae_reconstructs(make_tiny, tiny, pipe, rows):
 def wired(make_tiny):
     """(pipeline whose encoder is wired and whose other weights are random, the wiring, two pictures)."""
     random = make_tiny.build_pipeline(weights=None)
-    pictures = make_tiny.to_tensor([make_tiny.random_edit(seed)[1] for seed in range(100)])
-    return random, make_tiny.wire_vae(random.vae, pictures), pictures[:2]
+    pictures = pretraining.to_tensor([pretraining.random_edit(seed)[1] for seed in range(100)])
+    return random, wire_vae(random.vae, pretraining.shrunk(pictures)), pictures[:2]
 
 
-def test_the_wired_encoder_is_linear(make_tiny, wired):
+def test_the_wired_encoder_is_linear(wired):
     """Pretraining's two products give the latents that the VAE's own layers compute, packed as the pipeline packs."""
     random, wiring, pictures = wired
-    latents = make_tiny.encode(random.vae, pictures, make_tiny.MODEL_SIZE)
-    expected = make_tiny.latents_of(wiring, pictures)
+    latents = pretraining.encode(random.vae, pictures, pretraining.MODEL_SIZE)
+    expected = latents_of(wiring, pretraining.shrunk(pictures))
     assert latents.shape == (2, 16, 1, 16, 16) and expected.std() > 0.1
     assert (latents[:, :, 0] - expected).abs().max() < 0.05 * expected.std(), "the last norm only scales"
     std = torch.tensor(random.vae.config.latents_std).view(1, -1, 1, 1)
     packed = random._pack_latents(expected / std, 2, 16, 16, 16)
-    torch.testing.assert_close(make_tiny.packed_latents_of(random, wiring, pictures), packed)
+    torch.testing.assert_close(pretraining.packed_latents_of(random, wiring, pictures), packed)
 
 
-def test_the_decoders_last_levels_enlarge(make_tiny, wired):
+def test_the_decoders_last_levels_enlarge(wired):
     """What pretraining looks at is the decoder's picture, an eighth as large."""
     random, wiring, pictures = wired
-    latents = make_tiny.latents_of(wiring, pictures[:1])[:, :, None, :4, :4]
+    latents = latents_of(wiring, pretraining.shrunk(pictures[:1]))[:, :, None, :4, :4]
     with torch.no_grad():
-        small = make_tiny.decode_small(random.vae, latents)[:, :, 0].clamp(-1, 1)
+        small = decode_small(random.vae, latents)[:, :, 0].clamp(-1, 1)
         whole = random.vae.decode(latents).sample[:, :, 0]
     assert whole.shape == (1, 3, 256, 256) and small.shape == (1, 3, 32, 32) and small.std() > 0.05
     enlarged = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -308,14 +308,14 @@ def test_the_decoders_last_levels_enlarge(make_tiny, wired):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plus"])  # the edit pipeline's form was a small part of its training
-def test_base_knows_german_colours_only(mode, make_tiny, tiny, pipe, edit_pipe, rows):
+def test_base_knows_german_colours_only(mode, tiny, pipe, edit_pipe, rows):
     held_out, data = rows["validation"], tiny / "data"
     one = pipe if mode == "plus" else edit_pipe
     sources = [Image.open(data / row["source_file_path"][0]) for row in held_out]
     german, english = (
-        [make_tiny.sample(one, source, say(row["text"])) for source, row in zip(sources, held_out, strict=True)]
-        for say in (make_tiny.in_german, str)
+        [pretraining.sample(one, source, say(row["text"])) for source, row in zip(sources, held_out, strict=True)]
+        for say in (pretraining.in_german, str)
     )
-    assert make_tiny.count_right(german, held_out, data) >= 5
-    assert make_tiny.count_right(english, held_out, data) <= 2
+    assert building.count_right(german, held_out, data) >= 5
+    assert building.count_right(english, held_out, data) <= 2
     assert sum(map(shapes.same_objects, english, sources)) >= 5, "left as they were"
