@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tiny import pretrain_qwen3vl
 
@@ -79,6 +80,18 @@ def test_weights_are_bound_to_the_words(make_tiny, processor, tmp_path):
     other.tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match="made with other words"):
         make_tiny.load_weights(again, other, tmp_path / "w.safetensors")
+
+
+@pytest.mark.slow
+def test_pretraining_writes_weights_that_make_reads(make_tiny, processor, tmp_path, capsys):
+    """A trial of a few steps: what it writes is what the model is built of."""
+    weights = tmp_path / "weights.safetensors"
+    pretrain_qwen3vl.pretrain(weights, scale=0.001)
+    assert "24 steps of 32 on cpu" in capsys.readouterr().out or torch.cuda.is_available()
+    assert make_tiny.make(tmp_path / "tiny", weights) and not make_tiny.make(tmp_path / "tiny", weights)
+    embedding = make_tiny.build_model(processor, weights).lm_head.weight
+    stored = load_file(weights)["model.language_model.embed_tokens.weight"]
+    torch.testing.assert_close(embedding.half(), stored, atol=0, rtol=0)
 
 
 def test_made_once(make_tiny, tmp_path):

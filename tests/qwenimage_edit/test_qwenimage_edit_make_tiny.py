@@ -319,3 +319,18 @@ def test_base_knows_german_colours_only(mode, tiny, pipe, edit_pipe, rows):
     assert building.count_right(german, held_out, data) >= 5
     assert building.count_right(english, held_out, data) <= 2
     assert sum(map(shapes.same_objects, english, sources)) >= 5, "left as they were"
+
+
+@pytest.mark.slow
+def test_pretraining_writes_weights_that_make_reads(make_tiny, tmp_path, monkeypatch, capsys):
+    """A trial of a few steps: all stages run, and their result is what the checkpoint holds."""
+    weights, reported = tmp_path / "weights.safetensors", []
+    monkeypatch.setattr(pretraining, "report", lambda pipe, edits: reported.append(len(edits)))
+    pretraining.pretrain(weights, scale=0.004)
+    assert make_tiny.make(tmp_path / "tiny", weights) and not make_tiny.make(tmp_path / "tiny", weights)
+    pipe = QwenImageEditPlusPipeline.from_pretrained(tmp_path / "tiny/model")
+    stored = load_file(weights)
+    torch.testing.assert_close(pipe.transformer.img_in.weight.half(), stored["transformer.img_in.weight"])
+    assert pipe.vae.config.latents_std == stored["latents_std"].tolist() != [1.0] * 16
+    output = capsys.readouterr().out
+    assert reported == [8] and all(f"{stage} 0/" in output for stage in ("decoder", "transformer")), output
