@@ -19,7 +19,7 @@ import torch
 import yaml
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
-from common.images import decode_image
+from common.data.images import decode_image
 
 
 def main() -> None:
