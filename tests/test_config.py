@@ -1,22 +1,24 @@
-"""common/config.py: YAML and flags through one parser; what the user reads when something is wrong."""
+"""common/start/config.py: YAML and flags through one parser; what the user reads when something is wrong."""
 
 import dataclasses
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from helpers import ROOT
 
-from common.config import config_table, field_helps, parse_config, save_config, yaml_to_flags
+from common import rules, settings
+from common.record.folder import save_config
+from common.start.config import config_table, field_helps, parse_config, parse_recipe, yaml_to_flags
 
 
 @dataclass
 class Config:
-    """An example."""
+    """An example without groups."""
 
     learning_rate: float = 1e-4
     """peak learning rate"""
@@ -36,9 +38,32 @@ class Config:
     resume: str | None = None
     """a path, or "latest" """
 
-    def __post_init__(self) -> None:
-        if self.max_train_steps < 1:
-            raise ValueError(f"max_train_steps must be at least 1, got {self.max_train_steps}")
+
+@dataclass
+class Recipe:
+    """A recipe's Config: groups, a setting of its own, and a rule of its own. Two groups have other defaults."""
+
+    pretrained_model_name_or_path: str = "owner/model"
+    """local folder or a hub name"""
+    shape: Literal["round", "square"] = "round"
+    """of the pictures"""
+
+    run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
+    data: settings.Flat[settings.Data] = field(default_factory=settings.Data)
+    batch: settings.Flat[settings.Batch] = field(default_factory=lambda: settings.Batch(train_batch_size=8))
+    precision: settings.Flat[settings.Precision] = field(default_factory=settings.Precision)
+    speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
+    tuning: settings.Flat[settings.AdapterTuning] = field(default_factory=settings.AdapterTuning)
+    optim: settings.Flat[settings.Optim] = field(default_factory=lambda: settings.Optim(learning_rate=2e-4))
+    validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
+    prompts: settings.Flat[settings.Prompts] = field(default_factory=settings.Prompts)
+
+    def check(self) -> None:
+        if self.shape == "square" and self.batch.train_batch_size > 8:
+            raise ValueError(f"square pictures come in batches of at most 8, got {self.batch.train_batch_size}")
+
+
+GIVEN = ["--train_data_dir", "given"]
 
 
 @pytest.fixture
@@ -129,10 +154,88 @@ def test_files_that_are_no_config(tmp_path):
     assert parse_config(Config, ["--config", str(tmp_path / "empty.yaml")]) == Config()
 
 
-def test_post_init_is_reported():
-    """Catches a parser that swallows the recipe's own rules."""
+def test_rules_of_groups_and_of_the_recipe_are_reported(yaml_file):
+    """Catches a parser that swallows the rules of a group, those between groups or the recipe's own, or looks at a
+    YAML's value that the command line has put right."""
     with pytest.raises(ValueError, match="max_train_steps must be at least 1, got 0"):
-        parse_config(Config, ["--max_train_steps", "0"])
+        parse_recipe(Recipe, [*GIVEN, "--max_train_steps", "0"])
+    with pytest.raises(ValueError, match="square pictures come in batches of at most 8, got 9"):
+        parse_recipe(Recipe, [*GIVEN, "--shape", "square", "--train_batch_size", "9"])
+    with pytest.raises(ValueError, match="train_data_dir is not set; pass --train_data_dir FOLDER"):
+        parse_recipe(Recipe, [])
+    assert parse_recipe(Recipe, ["--benchmark"]).data.train_data_dir is None
+    yaml = yaml_file("max_train_steps: 0\n")
+    assert parse_recipe(Recipe, [*yaml, *GIVEN, "--max_train_steps", "3"]).batch.max_train_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--logging_steps", "0"], "logging_steps must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--learning_rate", "nan"], "learning_rate must be at least 0, got nan"),
+        (["--adam_beta2", "1.5"], "adam_beta2 is a share between 0 and 1, got 1.5"),
+        (["--global_batch_size", "-2"], "global_batch_size must be at least 0, got -2"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0, got -1"),
+        (["--validation_steps", "-1"], "validation_steps must be at least 0, got -1"),
+    ],
+)
+def test_rules_say_what_and_what_they_got(flags, sentence):
+    """Catches a value that cannot be meant and is found out about late, or never."""
+    with pytest.raises(ValueError, match=sentence):
+        parse_recipe(Recipe, [*GIVEN, *flags])
+
+
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        (settings.Pictures(caption_dropout=1.5), "caption_dropout is a share between 0 and 1, got 1.5"),
+        (settings.Buckets(resolution=100), "resolution must be a positive multiple of 16 .*got 100; use 96"),
+        (settings.Buckets(bucket_multiple=24), "bucket_multiple must be a multiple of 16, got 24; use 16 or 32"),
+        (settings.Drawing(num_inference_steps=1), "num_inference_steps must be at least 2, got 1"),
+        (settings.FullTuning(ema_decay=1.0), "ema_decay is a share from 0 to under 1, got 1.0"),
+        (settings.FlowMatching(logit_std=-1.0), "logit_std must be at least 0, got -1.0"),
+    ],
+)
+def test_rules_of_the_groups_of_image_recipes(group, sentence):
+    """Catches the same in groups that not every recipe has."""
+    with pytest.raises(ValueError, match=sentence):
+        group.check()
+    type(group)().check()
+
+
+def test_groups_are_flat(yaml_file, capfd):
+    """Catches flags or YAML keys with a group's name before them, lost defaults of a recipe, and a help that lacks a
+    group's settings or shows constants."""
+    cfg = parse_recipe(Recipe, [*yaml_file("adam_beta1: 0.8\noutput_dir: out\n"), *GIVEN, "--max_train_steps=7"])
+    assert (cfg.optim.adam_beta1, cfg.run.output_dir, cfg.batch.max_train_steps) == (0.8, "out", 7)
+    assert (cfg.batch.train_batch_size, cfg.optim.learning_rate) == (8, 2e-4)
+    assert not cfg.tuning.gradient_release and cfg.tuning.export_model
+    flat = rules.flat(cfg)
+    names = [field.name for group in rules.groups(cfg) for field in dataclasses.fields(group)]
+    assert flat.keys() == {name for name in names if not dataclasses.is_dataclass(getattr(cfg, name, None))}
+    assert "gradient_release" not in flat and flat["adam_beta1"] == 0.8
+    lines = config_table(Recipe).splitlines()
+    assert len(lines) == 2 + len(flat) and "| `--train_batch_size` | `8` |" in "\n".join(lines)
+    assert {line.split("`")[1] for line in lines[2:]} == {f"--{name}" for name in flat}
+    with pytest.raises(SystemExit):
+        parse_recipe(Recipe, ["--help"])
+    said = capfd.readouterr().out
+    assert all(f"--{name}" in said for name in flat if isinstance(flat[name], (int, float, str)) and flat[name])
+    assert "--optim." not in said and "peak learning rate" in said
+
+
+def test_a_setting_that_stands_twice_is_a_mistake_of_the_recipe():
+    """Catches a recipe whose own setting hides one of a group."""
+
+    @dataclass
+    class Twice:
+        seed: int = 1
+        """of the recipe"""
+        run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
+
+    with pytest.raises(AssertionError, match=r"settings that stand twice: .*seed"):
+        rules.flat(Twice())
 
 
 def test_save_and_read_back(tmp_path):
@@ -144,6 +247,9 @@ def test_save_and_read_back(tmp_path):
     assert parse_config(Config, ["--config", str(tmp_path / "config.yaml")]) == cfg
     save_config(Config(), tmp_path / "config.yaml")
     assert parse_config(Config, ["--config", str(tmp_path / "config.yaml")]) == Config()
+    recipe = parse_recipe(Recipe, [*GIVEN, "--shape", "square", "--adam_epsilon", "1e-6", "--validation_prompts", "x"])
+    save_config(recipe, tmp_path / "config.yaml")
+    assert parse_recipe(Recipe, ["--config", str(tmp_path / "config.yaml")]) == recipe
 
 
 def test_help_and_table():
@@ -159,8 +265,8 @@ def test_help_on_the_command_line(tmp_path):
     script = tmp_path / "script.py"
     source = Path(__file__).read_text()
     script.write_text(
-        "from dataclasses import dataclass\nfrom typing import Literal\nfrom common.config import parse_config\n"
-        + source[source.index("@dataclass\nclass Config") : source.index("@pytest.fixture")]
+        "from dataclasses import dataclass\nfrom typing import Literal\nfrom common.start.config import parse_config\n"
+        + source[source.index("@dataclass\nclass Config") : source.index("@dataclass\nclass Recipe")]
         + "parse_config(Config)\n"
     )
     command = [sys.executable, script, "--help"]
@@ -172,7 +278,15 @@ def test_steps_count_when_the_command_line_gives_epochs_too(tmp_path):
     """Catches a run of a hundred epochs that was told to take two steps, and a YAML's steps that hide epochs."""
     (tmp_path / "c.yaml").write_text("max_train_steps: 7\n")
     yaml = ["--config", str(tmp_path / "c.yaml")]
-    assert parse_config(Config, [*yaml, "--num_train_epochs", "3"]).num_train_epochs == 3
+    assert parse_recipe(Recipe, [*GIVEN, *yaml, "--num_train_epochs", "3"]).batch.num_train_epochs == 3
     for flags in (["--num-train-epochs=3", "--max_train_steps", "2"], ["--max-train-steps=2", "--num_train_epochs=3"]):
-        cfg = parse_config(Config, [*yaml, *flags])
-        assert (cfg.num_train_epochs, cfg.max_train_steps) == (0, 2)
+        batch = parse_recipe(Recipe, [*GIVEN, *yaml, *flags]).batch
+        assert (batch.num_train_epochs, batch.max_train_steps) == (0, 2)
+
+
+def test_steps_for_epochs():
+    """Catches epochs that end early, and a step's samples that leave a factor out."""
+    batch = settings.Batch(train_batch_size=2, gradient_accumulation_steps=3, max_train_steps=7)
+    assert batch.samples_a_step(2) == 12 and batch.steps_for(100, 2) == 7
+    batch.num_train_epochs = 3
+    assert batch.steps_for(100, 2) == 25 and batch.steps_for(101, 2) == 26 and batch.steps_for(12, 2) == 3
