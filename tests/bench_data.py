@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import data, images, manifest
+from common.data import check, images, loader, manifest, order
 
 SIZES = ((1280, 960), (1024, 1024), (1000, 1500), (1600, 1200))  # 1 to 2 megapixels
 
@@ -58,19 +58,19 @@ def bench(resolution: int = 1024, n: int = 24, rounds: int = 5) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_images(folder, n)
-        records = manifest.check_records(manifest.load_manifest(folder), folder, progress=False)
-        buckets = data.make_buckets(resolution)
-        sizes = [data.nearest_bucket(record.width, record.height, buckets) for record in records]
-        ids = [buckets.index(size) for size in sizes]
-        sampler = data.MicroBatchSampler(ids, 1, 1, 0, 1, seed=0)
-        loader = data.make_loader(Images(folder, records, sizes), sampler, lambda batch: batch[0], 0, seed=0)
+        records = check.check_records(manifest.load_manifest(folder), folder, progress=False)
+        sizes = order.choose_buckets(records, resolution)
+        sampler = order.MicroBatchSampler(sizes, 1, 1, 0, 1, seed=0)
+        pictures = loader.make_loader(
+            Images(folder, records, sizes), sampler, 0, seed=0, collate=lambda batch: batch[0]
+        )
         seconds = {"plain": [], "ours": []}
         for _ in range(rounds):  # in turns, since other work on the machine disturbs both alike
             start = time.perf_counter()
             for record, size in zip(records, sizes, strict=True):
                 plain(folder / record.file_path, size)
             middle = time.perf_counter()
-            for _ in islice(loader, n):  # one epoch
+            for _ in islice(pictures, n):  # one epoch
                 pass
             seconds["plain"].append(middle - start)
             seconds["ours"].append(time.perf_counter() - middle)

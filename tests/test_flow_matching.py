@@ -1,4 +1,4 @@
-"""common/flow_matching.py: closed forms, diffusers' own scheduler, the distributions of sigma, randomness sample by
+"""common/step/flow_matching.py: closed forms, diffusers' own scheduler, the distributions of sigma, randomness sample by
 sample."""
 
 import math
@@ -7,16 +7,19 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from common.flow_matching import (
+from common.settings import FlowMatching
+from common.step.flow_matching import (
     add_noise,
+    checkpoint_shift,
     draw_normal,
+    draw_sigmas,
     draw_uniform,
-    flow_matching_loss,
     loss_weights,
     resolution_shift,
     sample_rngs,
     sample_sigmas,
     shift_sigmas,
+    squared_errors,
     velocity_target,
 )
 
@@ -151,7 +154,31 @@ def test_loss_weights():
         loss_weights(sigma, "snr")
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1).expand(4, 5, 6)
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    loss = flow_matching_loss(errors.bfloat16(), torch.zeros(4, 5, 6), weights)
+    loss = (weights * squared_errors(errors.bfloat16(), torch.zeros(4, 5, 6))).mean()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx((1 + 0 + 18 + 16) / 4)
     with pytest.raises(AssertionError):
-        flow_matching_loss(torch.zeros(4, 5, 6), torch.zeros(4, 1, 6), weights)
+        squared_errors(torch.zeros(4, 5, 6), torch.zeros(4, 1, 6))
+
+
+def test_squared_errors_are_each_samples_own():
+    """Catches a mean over the batch, in half precision, or over one axis."""
+    target = torch.randn(3, 16, 1, 4, 6).bfloat16()
+    errors = squared_errors(target + torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1, 1), target.float())
+    assert errors.shape == (3,) and errors.dtype == torch.float32
+    torch.testing.assert_close(errors, torch.tensor([0.0, 1.0, 4.0]), atol=1e-2, rtol=1e-2)
+
+
+def test_settings_draw_sigmas():
+    """Catches settings that are not heeded, a given shift that is not the checkpoint's, and a fixed one that is
+    multiplied with it."""
+    uniform = torch.linspace(0.01, 0.99, 9)
+    shift = checkpoint_shift(4096, QWEN_SCHEDULER)
+    assert shift == pytest.approx(math.exp(resolution_shift(4096, QWEN_SCHEDULER)))
+    expected = shift_sigmas(sample_sigmas(uniform, "logit_normal"), shift)
+    torch.testing.assert_close(draw_sigmas(uniform, FlowMatching(), shift), expected)
+    torch.testing.assert_close(
+        draw_sigmas(uniform, FlowMatching(logit_mean=0.5, logit_std=0.3), 1.0),
+        sample_sigmas(uniform, "logit_normal", 0.5, 0.3),
+    )
+    fixed = draw_sigmas(uniform, FlowMatching(timestep_sampling="mode", mode_scale=0.8, timestep_shift=3.0), shift)
+    torch.testing.assert_close(fixed, shift_sigmas(sample_sigmas(uniform, "mode", mode_scale=0.8), 3.0))

@@ -1,22 +1,49 @@
-"""common/optimizers.py: bf16 weights move as fp32 ones, saved state is exact, gradient release is the plain step,
-refusals say why."""
+"""common/step/optimizers.py and steps.py: bf16 weights move as fp32 ones, saved state is exact, gradient release is
+the plain step, refusals say why, learning rates follow their schedule."""
 
 import copy
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import nn
 
-from common import optimizers
-from common.optimizers import Adafactor, GradientRelease, build_optimizer, check_optimizer, stochastic_round
-from common.steps import set_learning_rate
+from common import settings
+from common.start.launch import weights_dtype
+from common.step import optimizers
+from common.step.optimizers import Adafactor, GradientRelease, check_optimizer, stochastic_round
+from common.step.steps import is_due, learning_rate, set_learning_rate
 
 
-def settings(**changes) -> SimpleNamespace:
-    defaults = dict(optimizer="adafactor", learning_rate=5e-6, adam_weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999)
-    defaults |= dict(adam_epsilon=1e-8, gradient_release=False, gradient_accumulation_steps=1, max_grad_norm=0.0)
-    return SimpleNamespace(**{**defaults, **changes})
+@dataclass
+class OneProcess:
+    """What build_optimizer asks a run."""
+
+    strategy: str = "single"
+    offload: bool = False
+
+
+@dataclass
+class Config:
+    """The groups that optimizers heed: no decay and no clipping unless asked for."""
+
+    tuning: settings.FullTuning = field(default_factory=lambda: settings.FullTuning(optimizer="adafactor"))
+    batch: settings.Batch = field(default_factory=settings.Batch)
+    precision: settings.Precision = field(default_factory=settings.Precision)
+    optim: settings.Optim = field(default_factory=lambda: settings.Optim(adam_weight_decay=0.0, max_grad_norm=0.0))
+
+
+def config(**changes) -> Config:
+    """A Config in which these settings have other values."""
+    cfg = Config()
+    for name, value in changes.items():
+        (group,) = (group for group in vars(cfg).values() if hasattr(group, name))
+        setattr(group, name, value)
+    return cfg
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    return optimizers.build_optimizer(OneProcess(), model, cfg.tuning.optimizer, cfg.optim)
 
 
 class TwoLayers(nn.Module):
@@ -72,8 +99,8 @@ def moved_share(name: str, dtype: torch.dtype, autocast: bool = False, steps: in
     start = TwoLayers().bfloat16().float()  # equal starting points
     reference, tried = copy.deepcopy(start), copy.deepcopy(start).to(dtype)
     baseline = "adamw" if name == "flash_adamw" else name
-    train(reference, build_optimizer(reference, settings(optimizer=baseline), "single", False), range(steps))
-    train(tried, build_optimizer(tried, settings(optimizer=name), "single", False), range(steps), autocast)
+    train(reference, build_optimizer(reference, config(optimizer=baseline)), range(steps))
+    train(tried, build_optimizer(tried, config(optimizer=name)), range(steps), autocast)
     return movement(tried, start, movement(reference, start))
 
 
@@ -97,10 +124,9 @@ def test_adamw_with_mixed_precision_moves_as_fp32():
 def test_which_weights_are_bf16():
     """Catches a recipe that loads bf16 weights for an optimizer that needs fp32 masters (and the reverse, twice the
     memory)."""
-    from common.runtime import weights_dtype
 
     def dtype(optimizer: str, uses_deepspeed: bool = False, mixed_precision: str = "bf16") -> torch.dtype:
-        return weights_dtype(SimpleNamespace(optimizer=optimizer, mixed_precision=mixed_precision), uses_deepspeed)
+        return weights_dtype(config(optimizer=optimizer, mixed_precision=mixed_precision), uses_deepspeed)
 
     assert dtype("adamw") == dtype("adamw_8bit") == torch.float32
     assert dtype("adafactor") == dtype("adamw", uses_deepspeed=True) == torch.bfloat16
@@ -163,11 +189,11 @@ def test_adafactor_takes_convolutions_and_skips_missing_gradients():
 def test_adafactor_state_is_exact(dtype, tmp_path):
     """Catches state that is cast to bf16 or forgotten on resume: a saved and loaded run goes on bit for bit."""
     straight, resumed = TwoLayers().to(dtype), TwoLayers().to(dtype)
-    optimizer = build_optimizer(straight, settings(learning_rate=1e-3), "single", False)
+    optimizer = build_optimizer(straight, config(learning_rate=1e-3))
     train(straight, optimizer, range(5))
     torch.save([straight.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
     train(straight, optimizer, range(5, 10))
-    again = build_optimizer(resumed, settings(learning_rate=1e-3), "single", False)
+    again = build_optimizer(resumed, config(learning_rate=1e-3))
     weights, state = torch.load(tmp_path / "saved.pt")
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
@@ -186,8 +212,8 @@ def test_gradient_release_is_the_plain_step(name):
         pytest.skip("its kernels need parameters on the GPU")
     start = TwoLayers()
     plain, released = copy.deepcopy(start), copy.deepcopy(start)
-    cfg = settings(optimizer=name, learning_rate=1e-3)
-    plain_optimizer, optimizer = (build_optimizer(model, cfg, "single", False) for model in (plain, released))
+    cfg = config(optimizer=name, learning_rate=1e-3)
+    plain_optimizer, optimizer = (build_optimizer(model, cfg) for model in (plain, released))
     release = GradientRelease(optimizer)
     for step in range(6):
         if step == 3:
@@ -217,8 +243,8 @@ def test_flash_adamw_on_a_cpu_is_adamw():
         pytest.skip("with a GPU, flash_adamw is the quantised one")
     start = TwoLayers()
     ours, torchs = copy.deepcopy(start), copy.deepcopy(start)
-    cfg = settings(optimizer="flash_adamw", learning_rate=1e-3, adam_weight_decay=0.1, adam_beta2=0.95)
-    train(ours, build_optimizer(ours, cfg, "single", False), range(10))
+    cfg = config(optimizer="flash_adamw", learning_rate=1e-3, adam_weight_decay=0.1, adam_beta2=0.95)
+    train(ours, build_optimizer(ours, cfg), range(10))
     train(torchs, torch.optim.AdamW(torchs.parameters(), 1e-3, (0.9, 0.95), 1e-8, 0.1), range(10))
     assert movement(ours, start, movement(torchs, start)) == pytest.approx(1, abs=1e-3)
     for weight, other in zip(ours.parameters(), torchs.parameters()):
@@ -230,8 +256,8 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
     """Catches master bits that are off: bf16 weights at 5e-6 would stay where they are."""
     start = TwoLayers(256).bfloat16().float().cuda()
     reference, tried = copy.deepcopy(start), copy.deepcopy(start).bfloat16()
-    adamw = build_optimizer(reference, settings(optimizer="adamw"), "single", False)
-    flash = build_optimizer(tried, settings(optimizer="flash_adamw"), "single", False)
+    adamw = build_optimizer(reference, config(optimizer="adamw"))
+    flash = build_optimizer(tried, config(optimizer="flash_adamw"))
     for step in range(40):
         for model, optimizer in ((reference, adamw), (tried, flash)):
             x, y = (t.cuda() for t in batch(step, model.first.weight.dtype, 256))
@@ -269,13 +295,13 @@ def test_flash_adamw_moves_bf16_weights_as_fp32_adamw():
 def test_refusals_name_their_reason(changes, place, reason):
     """Catches a combination that would train wrongly without a word, and a refusal that does not say what to do."""
     with pytest.raises(ValueError, match=reason):
-        check_optimizer(settings(**changes), *place)
+        check_optimizer(config(**changes), *place)
 
 
 def test_a_refusal_lists_every_reason_and_good_ones_pass():
     """Catches one reason at a time (a user who fixes three things in three runs), and refusals of what works."""
     with pytest.raises(ValueError, match=r"per-parameter step.*accumulation.*global norm.*averages gradients"):
-        bad = settings(optimizer="adamw", gradient_release=True, gradient_accumulation_steps=2, max_grad_norm=1.0)
+        bad = config(optimizer="adamw", gradient_release=True, gradient_accumulation_steps=2, max_grad_norm=1.0)
         check_optimizer(bad, "ddp", False, 2)
     for optimizer, strategy, offload in [
         ("adamw", "single", False),
@@ -286,11 +312,11 @@ def test_a_refusal_lists_every_reason_and_good_ones_pass():
         ("adafactor", "ddp", False),
     ]:
         check_optimizer(
-            settings(optimizer=optimizer, max_grad_norm=1.0, gradient_accumulation_steps=4), strategy, offload, 2
+            config(optimizer=optimizer, max_grad_norm=1.0, gradient_accumulation_steps=4), strategy, offload, 2
         )
-    check_optimizer(settings(optimizer="flash_adamw", gradient_release=True), "fsdp2", False, 4)
+    check_optimizer(config(optimizer="flash_adamw", gradient_release=True), "fsdp2", False, 4)
     with pytest.raises(ValueError, match="unknown optimizer 'sgd', expected one of adamw"):
-        build_optimizer(TwoLayers(), settings(optimizer="sgd"), "single", False)
+        build_optimizer(TwoLayers(), config(optimizer="sgd"))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "flash_adamw"])
@@ -300,7 +326,7 @@ def test_gradient_release_follows_the_learning_rate(name):
     from accelerate import Accelerator
 
     model = torch.nn.Linear(4, 4)
-    optimizer = build_optimizer(model, settings(optimizer=name, learning_rate=1e-2), "single", False)
+    optimizer = build_optimizer(model, config(optimizer=name, learning_rate=1e-2))
     GradientRelease(optimizer)
     prepared = Accelerator(cpu=True).prepare(optimizer)
     for replace in (lambda: None, lambda: prepared.load_state_dict(prepared.state_dict())):
@@ -323,3 +349,26 @@ def test_adafactor_rounds_alike_on_every_rank():
         optimizer.step()
         weights.append(weight.detach())
     assert torch.equal(*weights) and not torch.equal(weights[0], torch.full_like(weights[0], 0.3))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+    ],
+)
+def test_learning_rates(scheduler, expected):
+    """Catches a warm-up that begins at zero or is a step off, a fall that ends early, a scale that is not heeded."""
+    optim = settings.Optim(learning_rate=2e-3, lr_scheduler=scheduler, lr_warmup_steps=3)
+    rates = [learning_rate(step, optim, max_train_steps=7) for step in range(8)]
+    assert rates == pytest.approx([2e-3 * factor for factor in expected], abs=1e-12)
+    assert learning_rate(4, optim, 7, scale=0.1) == pytest.approx(rates[4] / 10)
+
+
+def test_what_is_due():
+    """Catches a save or a validation that is missed at the last step, or made although 0 asks for none."""
+    assert [step for step in range(1, 9) if is_due(step, every=3, last_step=8)] == [3, 6, 8]
+    assert not any(is_due(step, every=0, last_step=8) for step in range(1, 9))

@@ -10,7 +10,7 @@ MARKERS = ("<!-- config table -->", "<!-- end config table -->")
 
 def with_table(recipe: Path) -> str:
     """The recipe's README.md with its table of settings as it should be. AssertionError where the markers are not."""
-    from common.config import config_table
+    from common.start.config import config_table
 
     text = (recipe / "README.md").read_text()
     pattern = re.compile(rf"({re.escape(MARKERS[0])}\n).*?({re.escape(MARKERS[1])})", re.DOTALL)
