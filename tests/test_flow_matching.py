@@ -1,5 +1,5 @@
-"""common/step/flow_matching.py: closed forms, diffusers' own scheduler, the distributions of sigma, randomness sample by
-sample."""
+"""common/step/flow_matching.py: closed forms, diffusers' own scheduler, the distributions of sigma, randomness
+sample by sample."""
 
 import math
 
