@@ -278,6 +278,11 @@ def save_adapter(adapter: SpatialAdapter, folder: str | Path) -> None:
     (Path(folder) / CONFIG).write_text(json.dumps(asdict(adapter.cfg), indent=1) + "\n")
 
 
+def read_config(folder: str | Path) -> AdapterConfig:
+    """Of an adapter's folder or of a checkpoint, which has the same config.json."""
+    return AdapterConfig(**json.loads((Path(folder) / CONFIG).read_text()))
+
+
 def load_adapter(folder: str | Path, unet: UNet2DConditionModel) -> SpatialAdapter:
     """The adapter that a run exported (export/adapter), or that one of its checkpoints holds, installed in a UNet and
     on its device. ValueError when there is none, or the UNet is another."""
@@ -288,7 +293,7 @@ def load_adapter(folder: str | Path, unet: UNet2DConditionModel) -> SpatialAdapt
             f"no adapter in {folder}; expected {CONFIG} with {WEIGHTS} (a run's export/adapter) or with "
             "model/*.safetensors (a checkpoint of LAUNCH=single or ddp)"
         )
-    adapter = SpatialAdapter(AdapterConfig(**json.loads((folder / CONFIG).read_text())))
+    adapter = SpatialAdapter(read_config(folder))
     weights = {}
     for file in files:
         with safe_open(file, "pt") as opened:  # in a checkpoint, beside the heads
@@ -297,6 +302,15 @@ def load_adapter(folder: str | Path, unet: UNet2DConditionModel) -> SpatialAdapt
     adapter.load_state_dict(weights)
     install(adapter, unet)
     return adapter.to(unet.device).eval().requires_grad_(False)
+
+
+def start_adapter(
+    unet: UNet2DConditionModel, folder: str | Path | None, vocabulary: Sequence[int], **settings: object
+) -> SpatialAdapter:
+    """The adapter to train, in float32: that of a folder, whose shape is its own, or a new one of these settings."""
+    adapter = load_adapter(folder, unet) if folder else new_adapter(unet, **settings)
+    adapter.cfg.vocabulary = list(vocabulary)
+    return adapter.to(unet.device, torch.float32).train().requires_grad_(True)
 
 
 # ---------------------------------------------------------------- phrases, layouts, drawing

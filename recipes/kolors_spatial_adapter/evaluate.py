@@ -35,8 +35,8 @@ from layouts import read_layouts
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common.data import make_buckets, nearest_bucket
-from common.limits import explained_errors
+from common.data.order import make_buckets, nearest_bucket
+from common.start import plan
 from tiny import shapes
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))  # of IoU, as COCO's
@@ -334,5 +334,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    with plan.explained_errors():
         main()

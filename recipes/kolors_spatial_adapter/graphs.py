@@ -9,14 +9,22 @@ their memory, which is safe because a forward is followed by its own backward be
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from adapter import Layout, SpatialAdapter
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 BATCH_INPUTS = ("noisy_latents", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "add_time_ids")
 WARM_UP_CALLS = 3  # libraries choose kernels and workspaces in the first ones; torch.compile compiles
+
+
+def checkpoint_activations(unet: UNet2DConditionModel) -> None:
+    """Gradient checkpointing without saving generators' states, which CUDA graphs cannot read: nothing in the UNet is
+    random."""
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 class UNetGraphs:

@@ -40,9 +40,9 @@ from boxes import show_boxes
 from PIL import Image
 from tqdm import tqdm
 
-from common.images import check_image, decode_image
-from common.limits import explained_errors
-from common.manifest import inside_folder
+from common.data.images import check_image, decode_image
+from common.data.manifest import inside_folder
+from common.start import plan
 
 PROMPT = (
     "The caption of this picture is: {caption}\n"
@@ -429,5 +429,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    with plan.explained_errors():
         main()

@@ -6,7 +6,7 @@ of the whole picture. Here they follow the picture's crop into its bucket, phras
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ from diffusers.pipelines.kolors import ChatGLMTokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.cache import EmbeddingCache
-from common.data import Place
-from common.images import cover_box
-from common.manifest import Record
+from common.data.cache import EmbeddingCache
+from common.data.images import cover_box
+from common.data.loader import of_place
+from common.data.manifest import Record
+from common.data.order import Place
 
 IGNORE = -100  # behind a phrase's end
 MAX_PHRASE_TOKENS = 31  # the captioning head says one more: the end
@@ -35,10 +36,13 @@ class LayoutRow:
     add_time_ids: tuple[int, ...]
 
 
-def with_problems(records: Sequence[Record]) -> list[Record]:
-    """The records; what is wrong with a row's objects becomes its problem, which check_records reports."""
-    problems = [record.problem or objects_problem(record.extra.get("objects")) for record in records]
-    return [dataclasses.replace(record, problem=found) for record, found in zip(records, problems, strict=True)]
+def row_problem(record: Record) -> str:
+    """Why a row cannot be used, "" if it can."""
+    return objects_problem(record.extra.get("objects"))
+
+
+def phrases_of(rows: Iterable[dict]) -> Iterator[str]:
+    return (item["phrase"] for row in rows for item in row["objects"])
 
 
 def objects_in_bucket(record: Record, bucket: tuple[int, int], limit: int) -> list[dict]:
@@ -82,6 +86,39 @@ def index_phrases(
     return indices
 
 
+def phrase_key(embeddings: EmbeddingCache, phrase: str) -> str:
+    return embeddings.key(phrase, kind="phrase")
+
+
+def layout_row(
+    embeddings: EmbeddingCache,
+    record: Record,
+    bucket: tuple[int, int],
+    indices: dict[str, tuple[int, ...]],
+    limit: int,
+    flipped: bool,
+) -> LayoutRow:
+    """A record at its bucket (width, height), with its `limit` largest objects; indices: see index_phrases; flipped:
+    whether the mirrored picture is encoded too."""
+    objects = objects_in_bucket(record, bucket, limit)
+    return LayoutRow(
+        key=embeddings.key(record, bucket, flipped=flipped),
+        phrase_keys=tuple(phrase_key(embeddings, item["phrase"]) for item in objects),
+        boxes=tuple(item["bbox"] for item in objects),
+        phrase_ids=tuple(indices[item["phrase"]] for item in objects),
+        add_time_ids=size_conditions(record, bucket),
+    )
+
+
+def layout_to_draw(embeddings: EmbeddingCache, row: dict, limit: int) -> dict:
+    """A row {"text", "objects"}, with the encodings of its caption and of the phrases of its `limit` largest
+    objects."""
+    objects = largest_first(row["objects"], limit)
+    phrase_embeds = [embeddings[phrase_key(embeddings, item["phrase"])]["phrase_embed"] for item in objects]
+    caption = embeddings[embeddings.key(row["text"])]
+    return {"text": row["text"], "objects": objects, "phrase_embeds": phrase_embeds, **caption}
+
+
 class LayoutSamples(Dataset):
     """Rows as a dataset for MicroBatchSampler: encoded tensors, boxes in `slots` places, and where in the step.
 
@@ -89,25 +126,25 @@ class LayoutSamples(Dataset):
     (slots, D), boxes (slots, 4), has_box (slots,), phrase_ids (slots, T); add_time_ids (6,); row, its number.
     """
 
-    def __init__(self, cache: EmbeddingCache, rows: Sequence[LayoutRow], slots: int):
-        self.cache, self.rows, self.slots = cache, list(rows), slots
+    def __init__(self, embeddings: EmbeddingCache, rows: Sequence[LayoutRow], slots: int):
+        self.embeddings, self.rows, self.slots = embeddings, list(rows), slots
         self.tokens = max((len(ids) for row in rows for ids in row.phrase_ids), default=1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, place: Place) -> dict:
-        return {**self.sample(place.sample), "step": place.step, "position": place.position}
+        return {**self.sample(place.sample), **of_place(place)}
 
     def sample(self, number: int) -> dict[str, Tensor]:
         """The tensors of one row."""
         row = self.rows[number]
-        encoded = self.cache[row.key]
+        encoded = self.embeddings[row.key]
         count, width = len(row.boxes), encoded["prompt_embeds"].shape[-1]
         phrases, boxes = torch.zeros(self.slots, width), torch.zeros(self.slots, 4)
         phrase_ids = torch.full((self.slots, self.tokens), IGNORE)
         for slot, (key, box, ids) in enumerate(zip(row.phrase_keys, row.boxes, row.phrase_ids, strict=True)):
-            phrases[slot], boxes[slot] = self.cache[key]["phrase_embed"], torch.tensor(box)
+            phrases[slot], boxes[slot] = self.embeddings[key]["phrase_embed"], torch.tensor(box)
             phrase_ids[slot, : len(ids)] = torch.tensor(ids)
         return {
             **encoded,
@@ -118,42 +155,6 @@ class LayoutSamples(Dataset):
             "add_time_ids": torch.tensor(row.add_time_ids),
             "rows": torch.tensor(number),
         }
-
-
-class RandomLayouts(Dataset):
-    """Random samples of the benchmark's size, in place of encoded data."""
-
-    def __init__(self, side: int, prompt_tokens: int, prompt_width: int, slots: int, vocabulary_size: int):
-        self.side, self.prompt, self.slots = side, (prompt_tokens, prompt_width), slots
-        self.vocabulary_size = vocabulary_size
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, place: Place) -> dict:
-        rng = torch.Generator().manual_seed(place.sample)
-        corners = torch.rand(self.slots, 2, generator=rng) * 0.7
-        pixels = self.side * 8
-        return {
-            "latents": torch.randn(4, self.side, self.side, generator=rng),
-            "prompt_embeds": torch.randn(*self.prompt, generator=rng, dtype=torch.bfloat16),
-            "pooled_prompt_embeds": torch.randn(self.prompt[1], generator=rng, dtype=torch.bfloat16),
-            "phrases": torch.randn(self.slots, self.prompt[1], generator=rng),
-            "boxes": torch.cat([corners, corners + 0.25], dim=1),
-            "has_box": torch.arange(self.slots) < self.slots // 2,
-            "phrase_ids": torch.randint(self.vocabulary_size, (self.slots, 8), generator=rng),
-            "add_time_ids": torch.tensor([pixels, pixels, 0, 0, pixels, pixels]),
-            "rows": torch.tensor(place.sample),
-            "step": place.step,
-            "position": place.position,
-        }
-
-
-def collate(samples: list[dict]) -> dict:
-    """One micro-batch: every tensor with a batch axis in front, and each sample's place in the step."""
-    names = [name for name in samples[0] if name not in ("step", "position")]
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
-    return {**batch, "step": samples[0]["step"], "positions": [sample["position"] for sample in samples]}
 
 
 def read_layouts(path: Path) -> list[dict]:

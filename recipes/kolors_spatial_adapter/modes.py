@@ -7,8 +7,10 @@ retrieval     which layout belongs to which picture (InfoNCE), by grounding toke
 A mode is one forward and one backward of its own: its activations are gone before the next begins.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from adapter import Layout, SpatialAdapter, make_layout
@@ -18,10 +20,19 @@ from graphs import UNetGraphs
 from layouts import IGNORE
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 MODES = ("captioning", "retrieval", "generation")
 REGION_FEATURES = "up_blocks.0"  # the part of the UNet whose output captioning pools in the boxes
 IMAGE_FEATURES = "mid_block"  # and retrieval over the picture
+PROMPT_TOKENS = 256  # the pipeline pads to them, and the UNet reads the padding
+
+
+def each_mode(batches: Iterator[dict], modes: Sequence[str]) -> Iterator[dict]:
+    """Every micro-batch once for each mode: a mode is a micro-step of the loop."""
+    for batch in batches:
+        for mode in modes:
+            yield {**batch, "mode": mode}
 
 
 # ---------------------------------------------------------------- calls of the UNet
@@ -154,16 +165,21 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 # ---------------------------------------------------------------- losses of the modes
 
 
-def generation_loss(model: "SpatialModel", batch: dict) -> Tensor:
-    """Mean squared error of the predicted target (noise or v), each sample's times its loss_weights (B,). Inside boxes
-    it counts box_loss_weight times; the weights of a sample's pixels have mean 1, so the loss stays comparable."""
+def sample_errors(model: "SpatialModel", batch: dict, box_loss_weight: float) -> Tensor:
+    """(B,) what is minimised, of each sample: the mean squared error of the predicted target (noise or v). Inside
+    boxes it counts box_loss_weight times; the weights of a sample's pixels have mean 1, so the loss stays comparable.
+    The generation loss and, with a weight of 1, the held-out loss call it."""
     layout = model.layout(batch, batch["has_box"])
     prediction = model.unet_with(layout, predict_noise, batch).float()  # (B, 4, h, w)
     squared = (prediction - batch["target"].float()).pow(2).mean(1)  # (B, h, w)
     inside = coverage(batch["boxes"], *squared.shape[1:]) * batch["has_box"][..., None, None]  # (B, N, h, w)
-    weights = 1 + (model.box_loss_weight - 1) * inside.amax(1)  # (B, h, w)
-    per_sample = (squared * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)  # (B,)
-    return (batch["loss_weights"] * per_sample).mean()
+    weights = 1 + (box_loss_weight - 1) * inside.amax(1)  # (B, h, w)
+    return (squared * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+
+
+def generation_loss(model: "SpatialModel", batch: dict) -> Tensor:
+    """The mean of the samples' errors, each times its loss_weights (B,)."""
+    return (batch["loss_weights"] * sample_errors(model, batch, model.box_loss_weight)).mean()
 
 
 def captioning_loss(model: "SpatialModel", batch: dict) -> Tensor:
@@ -260,3 +276,44 @@ class SpatialModel(nn.Module):
             return self.graphs(layout, function, *arguments)
         self.adapter.layout = layout
         return function(self.unet, *arguments)
+
+    def describe(self) -> str:
+        """How many parameters train, by part."""
+        parts = {"adapter": self.adapter, "captioning head": self.captioning, "retrieval head": self.retrieval}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+        said = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items())
+        frozen = sum(p.numel() for p in self.unet.parameters())
+        return f"trains {said}, at {len(self.adapter.layers)} cross-attentions of a frozen UNet of {frozen / 1e6:.1f}M"
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@lru_cache
+def mode_flops(unet_config: str, side: int) -> dict[str, float]:
+    """FLOPs of one sample's micro-step by mode for latents of side x side (matrix products and attention of the UNet,
+    2 a multiply-add), as the meter counts: it multiplies by 3 for a forward and both gradients, and frozen weights
+    have no gradient of their own. unet_config: JSON. Counted on a UNet without memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads(unet_config))
+        cfg = unet.config
+        width = cfg.encoder_hid_dim or cfg.cross_attention_dim
+        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        batch = {
+            "noisy_latents": torch.empty(1, cfg.in_channels, side, side),
+            "timesteps": torch.zeros(1),
+            "prompt_embeds": torch.empty(1, PROMPT_TOKENS, width),
+            "pooled_prompt_embeds": torch.empty(1, pooled),
+            "add_time_ids": torch.empty(1, 6),
+        }
+        calls = {
+            "generation": (2, predict_noise, ()),
+            "captioning": (2, unet_features, (REGION_FEATURES,)),
+            "retrieval": (1, unet_features, (IMAGE_FEATURES,)),
+        }
+        flops = {}
+        for mode, (passes, function, arguments) in calls.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                function(unet, *arguments, batch)
+            flops[mode] = counter.get_total_flops() * passes / 3
+    return flops

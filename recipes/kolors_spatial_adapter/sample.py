@@ -22,7 +22,7 @@ from adapter import draw, load_adapter
 from boxes import check_objects, show_boxes
 from diffusers import KolorsPipeline
 
-from common.limits import explained_errors
+from common.start import plan
 
 
 def main() -> None:
@@ -76,5 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    with plan.explained_errors():
         main()

@@ -1,6 +1,7 @@
 """The adapter: nothing at step 0, where it acts, what guidance and tau do, saving, IP-Adapter, compilation."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -308,9 +309,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(adapter_module, pipelin
 
 
 @pytest.fixture(scope="module")
-def full_size(train) -> UNet2DConditionModel:
+def full_size_config(recipe) -> dict:
+    return json.loads((recipe / "full_size/unet.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def full_size(full_size_config) -> UNet2DConditionModel:
     with init_empty_weights():
-        return UNet2DConditionModel.from_config(train.FULL_SIZE)
+        return UNet2DConditionModel.from_config(full_size_config)
 
 
 def test_full_size(adapter_module, train, full_size):
@@ -324,15 +330,15 @@ def test_full_size(adapter_module, train, full_size):
     assert abs(sum(p.numel() for p in full_size.parameters()) - 2.579e9) < 2e6
 
 
-def test_other_widths_and_none(adapter_module, train, pipeline):
+def test_other_widths_and_none(adapter_module, full_size_config, pipeline):
     """Catches widths that are taken for granted, an adapter on a UNet without cross-attention that trains nothing, and
     one that is put on another UNet than its own."""
-    config = dict(train.FULL_SIZE, transformer_layers_per_block=1, addition_embed_type=None, encoder_hid_dim=None)
+    config = dict(full_size_config, transformer_layers_per_block=1, addition_embed_type=None, encoder_hid_dim=None)
     config |= {"encoder_hid_dim_type": None, "cross_attention_dim": 768}
     for name in ("down_block_types", "up_block_types"):
         config[name] = (
             tuple(block.replace("DownBlock2D", "CrossAttnDownBlock2D") for block in config[name][:1])
-            + (config[name][1:])
+            + tuple(config[name][1:])
         )
     with init_empty_weights():
         other = UNet2DConditionModel.from_config(config)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cache import EmbeddingCache
-from common.data import Place
-from common.images import resize_and_crop
-from common.manifest import Record, check_records, load_manifest
+from common.data.cache import EmbeddingCache
+from common.data.check import check
+from common.data.images import resize_and_crop
+from common.data.loader import collate
+from common.data.manifest import Record, load_manifest
+from common.data.order import Place
 
 BAD_BOXES = {
     "swapped corners": [0.5, 0.1, 0.2, 0.4],
@@ -38,19 +40,22 @@ def test_good_boxes_pass(boxes):
     assert boxes.objects_problem([]) == ""
 
 
-def test_bad_rows_are_named_by_line_and_object(layouts, tmp_path):
+def test_bad_rows_are_named_by_line_and_object(train, layouts, tmp_path):
     """Catches rows whose boxes nobody checks, and messages that do not say which row and which object."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     good = {"phrase": "red circle", "bbox": [0.1, 0.1, 0.4, 0.4]}
     objects = [[good], [good, {**good, "bbox": [0.4, 0.1, 0.1, 0.4]}], None, [{"phrase": " ", "bbox": good["bbox"]}]]
     rows = [{"file_path": "a.png", "text": "a circle", "objects": each} for each in objects]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = train.Config()
+    cfg.data.train_data_dir = cfg.run.output_dir = str(tmp_path)
     with pytest.raises(ValueError) as error:
-        check_records(layouts.with_problems(load_manifest(tmp_path)), tmp_path, progress=False)
+        check(cfg, load_manifest(tmp_path), row_problem=layouts.row_problem, progress=False)
     text = str(error.value)
     assert "3 of 4 rows" in text and "line 2" in text and "line 3" in text and "line 4" in text
     assert "objects[1] (red circle)" in text and "swapped" in text and "expected a list" in text
-    left = check_records(layouts.with_problems(load_manifest(tmp_path)), tmp_path, "skip", tmp_path, progress=False)
+    cfg.data.on_bad_rows = "skip"
+    left = check(cfg, load_manifest(tmp_path), row_problem=layouts.row_problem, progress=False)
     assert [record.row for record in left] == [1]
 
 
@@ -140,7 +145,7 @@ def test_samples(layouts, tmp_path):
         layouts.LayoutRow("picture", keys, boxes, ((0, 2), (1, 0, 2)), (8, 8, 0, 0, 8, 8)),
     ]
     samples = layouts.LayoutSamples(cache, rows, slots=3)
-    batch = layouts.collate([samples[Place(number, 5, number)] for number in (0, 1)])
+    batch = collate([samples[Place(number, 5, number)] for number in (0, 1)])
     assert batch["has_box"].tolist() == [[False] * 3, [True, True, False]]
     assert torch.allclose(batch["boxes"][1, :2], torch.tensor(boxes)) and batch["boxes"][0].abs().sum() == 0
     assert batch["phrases"][1, :, 0].tolist() == [1, 2, 0]

@@ -253,7 +253,8 @@ def test_a_killed_run_goes_on_and_no_row_is_done_twice(data):
     again = run_command(driver(data), timeout=60).check()
     assert "40 of them done, 0 to label" in again.output
     check_result(data, again)
-    from common.manifest import check_records, load_manifest
+    from common.data.check import check_records
+    from common.data.manifest import load_manifest
 
     records = check_records(load_manifest(data), data, progress=False)
     assert [len(record.extra["objects"]) for record in records] == [1] * 25

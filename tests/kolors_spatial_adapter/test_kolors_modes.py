@@ -77,6 +77,7 @@ def test_generation_is_the_mean_squared_error(model, modes):
     weighted = model("generation", {**batch, "loss_weights": torch.tensor([1.0, 3.0])})
     each = (prediction - batch["target"]).pow(2).mean((1, 2, 3))
     assert torch.allclose(weighted, (each[0] + 3 * each[1]) / 2, rtol=1e-5)
+    assert torch.allclose(modes.sample_errors(model, batch, box_loss_weight=1.0), each, rtol=1e-5)
 
 
 def test_weight_inside_boxes(model, modes, monkeypatch):
@@ -314,12 +315,12 @@ def test_bf16_unet_with_float32_adapter(model):
 
 def test_modes_that_cannot_be(train):
     """Catches a misspelt mode that trains nothing, and modes whose backwards come in the order they are written in."""
-    config = train.Config(train_data_dir="x", modes="generation,retrieval,captioning")
-    assert train.mode_names(config) == list(MODES)
-    config.__post_init__()
+    config = train.Config(modes="generation,retrieval,captioning")
+    assert config.mode_names() == list(MODES)
+    config.check()
     for bad in ("retrieval", "generation,", "generation,captoning", "generation,generation"):
         with pytest.raises(ValueError, match="expected generation"):
-            train.Config(train_data_dir="x", modes=bad)
+            train.Config(modes=bad).check()
 
 
 # ---- CUDA graphs

@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from common.images import image_to_tensor, resize_and_crop
+from common.data.images import image_to_tensor, resize_and_crop
+from common.data.manifest import Record
 
 PROMPT = "a red circle and a blue square"
 
@@ -43,7 +44,7 @@ def test_the_unet_is_called_as_the_pipeline_calls_it(train, modes, layouts, enco
     """Catches another layer of hidden states, padding, pooled embedding, order of the six size numbers or dtype: every
     argument of the pipeline's call, tensor by tensor."""
     (theirs, _) = pipelines_calls(pipeline, prompt=PROMPT, guidance_scale=1.0)
-    record = train.Record(0, "a.png", PROMPT, width=96, height=64)
+    record = Record(0, "a.png", PROMPT, width=96, height=64)
     batch = {name: tensor[None] for name, tensor in encoders.prompt(PROMPT).items()}
     batch["add_time_ids"] = torch.tensor([layouts.size_conditions(record, (96, 64))])
     batch |= {"noisy_latents": theirs["sample"], "timesteps": theirs["timestep"][None]}
@@ -147,9 +148,8 @@ def test_weights_by_signal_to_noise(train, scheduler_config):
         assert (weights[900] / weights[100]).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_flops_of_the_real_unet(train):
+def test_flops_of_the_real_unet(modes, recipe):
     """Catches a throughput that counts another model: 6.96e12 a forward at 1024 x 1024 was measured."""
-    config = json.dumps({**train.FULL_SIZE, "in_channels": 4})
-    flops = train.mode_flops(config, 128)
+    flops = modes.mode_flops((recipe / "full_size/unet.json").read_text(), 128)
     assert flops["generation"] * 3 / 2 == pytest.approx(6.96e12, rel=0.01)
     assert 0 < flops["retrieval"] < flops["captioning"] < flops["generation"]

@@ -8,6 +8,8 @@ from helpers import column, largest_difference, load_script, read_rows, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
+from common.start.config import parse_recipe
+
 STEPS, SAVED = 6, 3
 
 
@@ -137,7 +139,8 @@ def asked(train):
             seen.update(inputs)
             return torch.ones(())
 
-        cfg = train.Config(train_data_dir="x", modes="captioning,retrieval,generation", **settings)
+        flags = {"train_data_dir": "x", "modes": "captioning,retrieval,generation", **settings}
+        cfg = parse_recipe(train.Config, [f"--{name}={value}" for name, value in flags.items()])
         empty = {"prompt_embeds": torch.zeros(5, 6), "pooled_prompt_embeds": torch.zeros(6)}
         config = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1100}
         shares = train.noise_schedule(config)
@@ -242,7 +245,6 @@ def test_sample(recipe, straight, adapter_module, pipeline, tmp_path, monkeypatc
         (["--resolution", 100], "use 96"),
         (["--adapter_rank", 50], "multiple of 32"),
         (["--grounding_dropout", 2], "share between 0 and 1"),
-        (["--optimizer", "adafactor"], "the adapter is small"),
         (["--box_loss_weight", 0], "above 0"),
         (["--max_objects", 0], "at least 1"),
         (["--validation_layouts", "nowhere.jsonl"], "no layouts in"),
@@ -253,3 +255,10 @@ def test_refusals(train, config, tmp_path, flags, said):
     """Catches a setting that trains wrongly or fails late."""
     with pytest.raises(ValueError, match=said):
         run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
+
+
+def test_optimizers_of_full_tuning_are_refused(train, config, tmp_path, capsys):
+    """Catches an adapter of 50 million numbers that trains in bf16 with what is made for billions."""
+    with pytest.raises(SystemExit):
+        run_main(train, ["--config", config, "--output_dir", tmp_path, "--optimizer", "adafactor"])
+    assert "adamw_8bit" in "".join(capsys.readouterr())

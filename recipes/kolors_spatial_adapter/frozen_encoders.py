@@ -1,0 +1,61 @@
+"""The frozen VAE and text encoder: rows become tensors before training, and validation decodes pictures."""
+
+from pathlib import Path
+
+import torch
+from adapter import embed_phrase
+from diffusers import AutoencoderKL, KolorsPipeline
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from modes import PROMPT_TOKENS
+from torch import Tensor
+
+
+class Encoders:
+    """The frozen VAE and text encoder, used before training and then dropped."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        text_encoder = ChatGLMModel.from_pretrained(
+            folder / "text_encoder", dtype=dtype, variant=variant(folder / "text_encoder")
+        )
+        self.pipeline = KolorsPipeline(
+            vae=load_vae(folder, device, torch.float32),
+            text_encoder=text_encoder.to(device).eval(),
+            tokenizer=ChatGLMTokenizer.from_pretrained(folder / "tokenizer"),
+            unet=None,
+            scheduler=None,
+        )
+
+    @torch.no_grad()
+    def prompt(self, text: str) -> dict[str, Tensor]:
+        """prompt_embeds (L, D) and pooled_prompt_embeds (D,) as the pipeline encodes them."""
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            text, self.device, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
+        )
+        return {"prompt_embeds": prompt_embeds[0], "pooled_prompt_embeds": pooled_prompt_embeds[0]}
+
+    def phrase(self, text: str) -> dict[str, Tensor]:
+        """phrase_embed (D,), see embed_phrase."""
+        return {"phrase_embed": embed_phrase(self.pipeline.tokenizer, self.pipeline.text_encoder, text)}
+
+    @torch.no_grad()
+    def image(self, pixels: Tensor, flipped: bool) -> dict[str, Tensor]:
+        """pixels (3, H, W) in [-1, 1] -> latents (4, H/8, W/8), the posterior's mode, scaled; with flipped also those
+        of the mirrored picture, which are not the mirrored latents."""
+        vae = self.pipeline.vae
+        views = {"latents": pixels} | ({"latents_flipped": pixels.flip(-1)} if flipped else {})
+        return {
+            name: vae.encode(view[None].to(self.device)).latent_dist.mode()[0] * vae.config.scaling_factor
+            for name, view in views.items()
+        }
+
+
+def variant(folder: Path) -> str | None:
+    """ "fp16" where a model folder has weights of that name alone, as hub repositories of Kolors may."""
+    files = [file.name for file in folder.glob("*.safetensors")]
+    return "fp16" if files and all(".fp16" in name for name in files) else None
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant(folder / "vae"))
+    return vae.to(device).eval().requires_grad_(False)
