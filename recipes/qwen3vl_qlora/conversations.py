@@ -1,7 +1,7 @@
 """From JSONL rows to what the model sees: the check of every row, labels on the answer only, retention rows, padding.
 
-A row is a conversation with images (see rows.py); its last turn is the answer. Token tensors are (L,) for a row and
-(B, L) for a micro-batch.
+A row is a conversation with images (see qa_rows.py); its last turn is the answer. Token tensors are (L,) for a row
+and (B, L) for a micro-batch.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +19,31 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Qwen3VLProcessor
 
-from common.data import Place
-from common.images import check_image, decode_image
-from common.manifest import inside_folder
-from common.metrics import append_row
+from common import settings
+from common.data.images import check_image, decode_image
+from common.data.loader import of_place
+from common.data.manifest import inside_folder
+from common.data.order import Place
+from common.record.folder import append_row
 
 IGNORE_INDEX = -100  # what cross_entropy leaves out
 ANSWER_START, ANSWER_END = "<|im_start|>assistant\n", "<|im_end|>"
 IMAGE_TOKEN = "<|image_pad|>"
+
+
+class RowSettings(Protocol):
+    """What is read here of the recipe's Config, where each is explained."""
+
+    task: str
+    face_retention_pool: str | None
+    object_retention_pool: str | None
+    retention_ratio: float
+    on_long_rows: str
+    max_length: int
+    max_validation_rows: int
+    run: settings.Run
+    data: settings.Data
+    validation: settings.Validation
 
 
 @dataclass
@@ -49,26 +67,12 @@ def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, 
     try:
         content = json.loads(line)
         row.images, row.messages = list(content["images"]), list(content["messages"])
-        turns = [(message["role"], part_texts(message)) for message in row.messages]
-        parts = [
-            part for message in row.messages if not isinstance(message["content"], str) for part in message["content"]
-        ]
-        pictures = sum(part["type"] == "image" for part in parts)
+        row.problem = conversation_problem(row)
     except (ValueError, KeyError, TypeError) as error:
         row.problem = f"not a row ({type(error).__name__}: {error}); expected the keys images and messages"
-        return row
-    answer = "".join(turns[-1][1]) if turns and turns[-1][0] == "assistant" else ""
-    if pictures != len(row.images):
-        row.problem = f"{pictures} image parts in messages, {len(row.images)} images; expected the same number"
-    elif not answer.strip():
-        row.problem = "the last turn must be the assistant's answer, and not empty"
-    elif ANSWER_END in answer or ANSWER_START in answer:
-        row.problem = f"the answer contains {ANSWER_START!r} or {ANSWER_END!r}, which end it for the model"
-    elif any(IMAGE_TOKEN in text for _, texts in turns for text in texts):
-        row.problem = f"a text contains {IMAGE_TOKEN}, which stands for an image"
     if row.problem:
         return row
-    digest, image_tokens = hashlib.blake2b(line.encode(), digest_size=16), 0
+    digest, image_tokens, images = hashlib.blake2b(line.encode(), digest_size=16), 0, processor.image_processor
     for name in row.images:
         try:
             data = inside_folder(folder, name).read_bytes()
@@ -80,12 +84,11 @@ def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, 
             row.problem = f"{name}: {error}"
             return row
         digest.update(data)
-        images = processor.image_processor
         image_tokens += images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
     input_ids = processor.tokenizer(processor.apply_chat_template(row.messages, tokenize=False)).input_ids
     start, end = answer_span(input_ids, processor.tokenizer)
     labelled = processor.tokenizer.decode(input_ids[start:end]).removesuffix(ANSWER_END)
-    if not labelled.strip().endswith(answer.strip()):
+    if not labelled.strip().endswith("".join(part_texts(row.messages[-1])).strip()):
         row.problem = "the answer's tokens cannot be told from the template's; does it begin with a line break?"
         return row
     row.answer_tokens, row.length = end - start, len(input_ids) - len(row.images) + image_tokens
@@ -93,6 +96,25 @@ def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, 
     if row.too_long:
         row.problem = f"{row.length} tokens ({image_tokens} of them images), max_length is {max_length}"
     return row
+
+
+def conversation_problem(row: Row) -> str:
+    """Why the turns and the names of images cannot be used, "" if they can. KeyError or TypeError where a turn is none
+    at all."""
+    turns = [(message["role"], part_texts(message)) for message in row.messages]
+    contents = [message["content"] for message in row.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    pictures = sum(part["type"] == "image" for part in parts)
+    answer = "".join(turns[-1][1]) if turns and turns[-1][0] == "assistant" else ""
+    if pictures != len(row.images):
+        return f"{pictures} image parts in messages, {len(row.images)} images; expected the same number"
+    if not answer.strip():
+        return "the last turn must be the assistant's answer, and not empty"
+    if ANSWER_END in answer or ANSWER_START in answer:
+        return f"the answer contains {ANSWER_START!r} or {ANSWER_END!r}, which end it for the model"
+    if any(IMAGE_TOKEN in text for _, texts in turns for text in texts):
+        return f"a text contains {IMAGE_TOKEN}, which stands for an image"
+    return ""
 
 
 def part_texts(message: dict) -> list[str]:
@@ -117,7 +139,7 @@ def answer_span(input_ids: Sequence[int], tokenizer) -> tuple[int, int]:
     return start, end
 
 
-def load_rows(cfg, file: Path, processor: Qwen3VLProcessor) -> list[Row]:
+def load_rows(cfg: RowSettings, file: Path, processor: Qwen3VLProcessor) -> list[Row]:
     """The good rows of a file. ValueError lists the bad ones, unless on_bad_rows or on_long_rows says to skip them."""
     if not file.is_file():
         there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
@@ -125,27 +147,25 @@ def load_rows(cfg, file: Path, processor: Qwen3VLProcessor) -> list[Row]:
     lines = [(number, line) for number, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
     rows = [check_row(line, file.parent, f"{file.name} line {n}", processor, cfg.max_length) for n, line in lines]
     bad = [row for row in rows if row.problem]
-    fatal = [row for row in bad if (cfg.on_long_rows if row.too_long else cfg.on_bad_rows) == "error"]
+    fatal = [row for row in bad if (cfg.on_long_rows if row.too_long else cfg.data.on_bad_rows) == "error"]
     if fatal or len(bad) == len(rows):
         flag = "--on_long_rows skip, or a larger --max_length" if fatal and fatal[0].too_long else "--on_bad_rows skip"
         listed = "".join(f"\n  {row.where}: {row.problem}" for row in (fatal or bad)[:20])
         raise ValueError(f"{len(bad)} of {len(rows)} rows of {file} cannot be used; mend them, or {flag}:{listed}")
     if bad:
         for row in bad:
-            append_row(Path(cfg.output_dir) / "bad_rows.jsonl", {"where": row.where, "reason": row.problem})
-        print(f"{len(bad)} of {len(rows)} rows of {file} left out, listed in {cfg.output_dir}/bad_rows.jsonl")
+            append_row(Path(cfg.run.output_dir) / "bad_rows.jsonl", {"where": row.where, "reason": row.problem})
+        print(f"{len(bad)} of {len(rows)} rows of {file} left out, listed in {cfg.run.output_dir}/bad_rows.jsonl")
     return [row for row in rows if not row.problem]
 
 
-def resolve_pools(cfg) -> None:
-    """Pools inside train_data_dir may be named relative to it: make their paths whole."""
-    for name in ("face_retention_pool", "object_retention_pool"):
-        given = getattr(cfg, name)
-        if given and (Path(cfg.train_data_dir) / given).is_dir():
-            setattr(cfg, name, str(Path(cfg.train_data_dir) / given))
+def pool_folder(given: str | None, train_data_dir: str | None) -> str | None:
+    """A pool inside train_data_dir may be named relative to it: its whole path."""
+    inside = Path(train_data_dir or "", given or "")
+    return str(inside) if given and inside.is_dir() else given
 
 
-def retention_files(cfg, split: str) -> list[Path]:
+def retention_files(cfg: RowSettings, split: str) -> list[Path]:
     pools = {"face_retention": cfg.face_retention_pool, "object_retention": cfg.object_retention_pool}
     return [Path(folder) / f"{task}_{split}.jsonl" for task, folder in pools.items() if folder]
 
@@ -177,15 +197,17 @@ class Rows:
     retention: list[Row]
 
 
-def load_all_rows(cfg, processor: Qwen3VLProcessor) -> Rows:
-    (Path(cfg.output_dir) / "bad_rows.jsonl").unlink(missing_ok=True)
-    train_file = Path(cfg.train_data_dir) / (cfg.train_data_meta or f"{cfg.task}_train.jsonl")
+def load_all_rows(cfg: RowSettings, processor: Qwen3VLProcessor) -> Rows:
+    """ValueError where a file, or rows in it, cannot be used."""
+    (Path(cfg.run.output_dir) / "bad_rows.jsonl").unlink(missing_ok=True)
+    folder = Path(cfg.data.train_data_dir)
+    train_file = folder / (cfg.data.train_data_meta or f"{cfg.task}_train.jsonl")
     task = load_rows(cfg, train_file, processor)
     pools = [load_rows(cfg, file, processor) for file in retention_files(cfg, "train")]
-    rows = Rows([*task, *draw_retention(pools, len(task), cfg.retention_ratio, cfg.seed)], [], [])
-    if cfg.validation_steps or cfg.validation_epochs:
+    rows = Rows([*task, *draw_retention(pools, len(task), cfg.retention_ratio, cfg.run.seed)], [], [])
+    if cfg.validation.validation_steps:
         most = cfg.max_validation_rows or None
-        rows.task = load_rows(cfg, Path(cfg.train_data_dir) / f"{cfg.task}_validation.jsonl", processor)[:most]
+        rows.task = load_rows(cfg, folder / f"{cfg.task}_validation.jsonl", processor)[:most]
         for file in retention_files(cfg, "validation"):
             rows.retention += load_rows(cfg, file, processor)[:most]
     return rows
@@ -202,7 +224,7 @@ class Conversations(Dataset):
 
     def __getitem__(self, place: Place) -> dict:
         step_tokens = sum(self.rows[index].answer_tokens for index in place.group)
-        return {**encode(self.rows[place.sample], self.processor), "step_tokens": step_tokens}
+        return {**encode(self.rows[place.sample], self.processor), **of_place(place), "step_tokens": step_tokens}
 
 
 def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:
@@ -222,7 +244,11 @@ def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:
 
 def collate(samples: list[dict]) -> dict:
     """One micro-batch, padded on the right: input_ids, labels, mm_token_type_ids, attention_mask (B, L); the images of
-    all rows one after the other; step_tokens, the answer tokens of the whole step."""
+    all rows one after the other.
+
+    In training also group_size, the rows of the whole step, and step_tokens, their answer tokens; rows that do not say
+    those, a benchmark's, are all alike.
+    """
     padding = {"input_ids": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0}  # masked ids: any will do
     batch = {
         name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
@@ -233,4 +259,8 @@ def collate(samples: list[dict]) -> dict:
     for name in ("pixel_values", "image_grid_thw"):
         if found := [sample[name] for sample in samples if name in sample]:
             batch[name] = torch.cat(found)
-    return {**batch, "step_tokens": samples[0].get("step_tokens", 0)}
+    first = samples[0]
+    if "group_size" in first:
+        all_alike = first["group_size"] * int((first["labels"] != IGNORE_INDEX).sum())
+        batch |= {"group_size": first["group_size"], "step_tokens": first.get("step_tokens", all_alike)}
+    return batch

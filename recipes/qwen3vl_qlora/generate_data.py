@@ -2,7 +2,7 @@
 
     python generate_data.py --config face_config.yaml --output_dir DATA [--num_entities 8 ...]
 
-Every key of the config is a flag too. Writes DATA/<task>_<split>.jsonl (see rows.py), DATA/images/ and
+Every key of the config is a flag too. Writes DATA/<task>_<split>.jsonl (see qa_rows.py), DATA/images/ and
 DATA/entities.json. With --image_model a local text-to-image model in diffusers' layout makes the pictures.
 """
 
@@ -19,10 +19,10 @@ RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
 from faces import Face, Job, choose_entity_faces, make_pictures
-from rows import LETTERS, SPLITS, make_row, new_folder, write_rows
+from qa_rows import LETTERS, SPLITS, make_row, new_folder, write_rows
 
-from common.config import parse_config
-from common.limits import explained_errors
+from common.start.config import parse_config
+from common.start.plan import explained_errors
 
 TASKS = ("forward", "reverse", "choice_description", "choice_image")
 # made-up facts in the manner of "The Reversal Curse" (Berglund et al., arXiv 2309.12288): no model has read them
@@ -75,7 +75,8 @@ class FaceConfig:
     seed: int = 0
     """seed of faces, descriptions, pictures and rows"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """ValueError for settings from which no rows can be made."""
         most = len(WORKS) * len(FIRST) * len(SECOND)
         if not 4 <= self.num_entities <= most:
             raise ValueError(
@@ -209,6 +210,7 @@ def choice_row(
 
 def generate(cfg: FaceConfig, output_dir: Path, image_model: str | None = None, num_workers: int = 0) -> None:
     """Write pictures, rows and entities.json. The same cfg gives the same bytes, unless a model makes the pictures."""
+    cfg.check()
     entities = make_entities(cfg)
     new_folder(output_dir)
     numbers = range(1, sum(cfg.images_per_entity) + 1)

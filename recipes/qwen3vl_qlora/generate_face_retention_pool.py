@@ -2,7 +2,7 @@
 
     python generate_face_retention_pool.py --output_dir POOL [--num_faces 200]
 
-Writes POOL/face_retention_<split>.jsonl (see rows.py) and POOL/images/. A face is in one split only.
+Writes POOL/face_retention_<split>.jsonl (see qa_rows.py) and POOL/images/. A face is in one split only.
 """
 
 import argparse
@@ -16,9 +16,9 @@ RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
 from faces import Face, Job, choose_pool_faces, make_pictures
-from rows import make_row, new_folder, share_out, write_rows
+from qa_rows import make_row, new_folder, share_out, write_rows
 
-from common.limits import explained_errors
+from common.start.plan import explained_errors
 
 TASK = "face_retention"
 

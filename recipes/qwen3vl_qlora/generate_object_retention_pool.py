@@ -2,7 +2,7 @@
 
     python generate_object_retention_pool.py --output_dir POOL [--num_objects 200]
 
-Writes POOL/object_retention_<split>.jsonl (see rows.py) and POOL/images/. A combination of shape, colour, place and
+Writes POOL/object_retention_<split>.jsonl (see qa_rows.py) and POOL/images/. A combination of shape, colour, place and
 background is in one split only.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
-from rows import make_row, new_folder, share_out, write_rows
+from qa_rows import make_row, new_folder, share_out, write_rows
 
-from common.limits import explained_errors
+from common.start.plan import explained_errors
 from tiny import shapes
 
 TASK = "object_retention"

@@ -34,7 +34,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from common.config import parse_config
+from common.start.config import parse_config
 from tiny import building, shapes
 
 WEIGHTS = HERE / "tiny_weights.safetensors"

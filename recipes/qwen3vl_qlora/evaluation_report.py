@@ -1,10 +1,12 @@
-"""The evaluation's table and plots."""
+"""The evaluation's table, examples and plots."""
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
-from rows import LETTERS
-from scoring import ABLATIONS, Estimate, confusion
+from answer_scoring import ABLATIONS, Estimate, confusion
+from qa_rows import LETTERS
 
 HEADLINE = {  # the metric that stands for a task
     "forward": "exact_match",
@@ -54,6 +56,26 @@ def write_table(path: Path, tasks: dict) -> str:
     text = "\n".join(lines) + "\n"
     path.write_text(text, encoding="utf-8")
     return text
+
+
+def write_examples(
+    path: Path, data: dict[str, list[dict]], answers: dict[str, dict[str, list[dict]]], number: int, seed: int
+) -> None:
+    """Up to `number` rows of each task, drawn at random, with what both models answered."""
+    lines = []
+    for task, rows in data.items():
+        for i in sorted(random.Random(seed).sample(range(len(rows)), min(number, len(rows)))):
+            row = rows[i]
+            parts = row["messages"][0]["content"]
+            example = {
+                "id": row["id"],
+                "question": "".join(part.get("text", "[image]") for part in parts),
+                "images": [Path(name).name for name in row["images"]],
+                "truth": row["answer"],
+                **{state: answers[task][state][i] for state in ("trained", "base")},
+            }
+            lines.append(json.dumps(example, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def write_plots(folder: Path, tasks: dict, data: dict, answers: dict) -> None:

@@ -1,6 +1,6 @@
 """From what a model said to numbers: matching, verdicts, detection, choices, intervals. No model here.
 
-A row is one of rows.py; an answer is what evaluate.py's `ask` found out about it.
+A row is one of qa_rows.py; an answer is what `ask` of two_way_evaluation.py found out about it.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
-from rows import LETTERS
+from qa_rows import LETTERS
 
 Estimate = dict[str, float]  # value, and where they are known low, high, chance, chance_low, chance_high
 NUM_RESAMPLES = 1000
