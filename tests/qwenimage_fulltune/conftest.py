@@ -90,6 +90,7 @@ def config(model_folder, data_folder, tmp_path_factory) -> Path:
         train_data_dir=str(data_folder),
         cache_dir=str(file.parent / "embedding_cache"),
         resolution=96,
+        bucket_multiple=32,
         train_batch_size=16,
         mixed_precision="no",
         optimizer="adamw",

@@ -8,6 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from PIL import Image
 
+from common.data import images, loader
+from common.data.order import Place
+from common.start.config import parse_recipe
 from tiny import shapes
 
 WIDTH, HEIGHT = 96, 64
@@ -30,7 +33,7 @@ def trained(train, model_folder):
     encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
     models = train.Models(
         transformer=transformer,
-        transformer_config=json.loads(transformer.to_json_string()),
+        config=json.loads(transformer.to_json_string()),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
         empty_prompt_embeds=encoders.prompt("", 512)["prompt_embeds"],
         dtype=torch.float32,
@@ -42,17 +45,19 @@ def trained(train, model_folder):
     for text, (colour, shape, place, background) in SCENES.items():
         box = shapes.place_box(place, (WIDTH, HEIGHT), 36)
         image = shapes.draw([shapes.Found(colour, shape, box)], background, (WIDTH, HEIGHT))
-        pixels = train.image_to_tensor(image)
+        pixels = images.image_to_tensor(image)
         samples.append({**encoders.prompt(text, 512), **encoders.image(pixels, moments=False)})
         with torch.no_grad():
             latents = pipeline.vae.encode(pipeline.image_processor.preprocess(image)[:, :, None]).latent_dist.mode()
         expected[text] = (latents - mean) / std  # (1, 16, 1, H/8, W/8)
-    cfg = train.Config(train_data_dir="unused", caption_dropout=0.0, timestep_sampling="uniform")
+    flags = ["--train_data_dir", "unused", "--caption_dropout", "0", "--timestep_sampling", "uniform"]
+    cfg = parse_recipe(train.Config, flags)
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
-        rows = [{**samples[position % 2], "step": step, "position": position} for position in range(BATCH)]
-        loss, _ = train.compute_loss(models, train.collate(rows), cfg)
+        places = [Place(position % 2, step, position, (0, 1) * (BATCH // 2)) for position in range(BATCH)]
+        rows = [{**samples[place.sample], **loader.of_place(place)} for place in places]
+        loss, _ = train.compute_loss(models, loader.collate(rows), cfg)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()

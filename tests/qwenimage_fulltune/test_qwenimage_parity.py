@@ -10,7 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from PIL import Image
 
-from common.flow_matching import (
+from common.data import images, loader
+from common.data.order import Place
+from common.start.config import parse_recipe
+from common.step.flow_matching import (
     draw_normal,
     draw_uniform,
     sample_rngs,
@@ -57,19 +60,30 @@ def world(request, train, model_folder) -> SimpleNamespace:
     spy = Spy(pipeline.transformer)
     models = train.Models(
         transformer=pipeline.transformer,
-        transformer_config=dict(pipeline.transformer.config),
+        config=dict(pipeline.transformer.config),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
         empty_prompt_embeds=encoders.prompt("", 512)["prompt_embeds"],
         dtype=dtype,
     )
-    cfg = train.Config(train_data_dir="unused", seed=5, caption_dropout=0.0)
+    cfg = settings(train, caption_dropout=0.0)
     everything = dict(train=train, encoders=encoders, pipeline=pipeline, spy=spy, models=models, cfg=cfg, dtype=dtype)
     return SimpleNamespace(**everything, encoded={})
 
 
+def settings(train, **values: object):
+    """The recipe's defaults, but for these."""
+    flags = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    return parse_recipe(train.Config, ["--train_data_dir", "unused", "--seed", "5", *flags])
+
+
+def place(position: int, step: int = 3) -> dict[str, int]:
+    """What the loader adds to a sample."""
+    return loader.of_place(Place(position, step, position, tuple(range(40))))
+
+
 def encoded(world: SimpleNamespace, number: int) -> dict:
     if number not in world.encoded:
-        pixels = world.train.image_to_tensor(picture(number))
+        pixels = images.image_to_tensor(picture(number))
         prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], 512)
         world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
     return world.encoded[number]
@@ -77,7 +91,7 @@ def encoded(world: SimpleNamespace, number: int) -> dict:
 
 def batch(world: SimpleNamespace, numbers: list[int], step: int = 3) -> dict:
     """A micro-batch as the loader makes it; the pictures' positions in the step are their numbers."""
-    return world.train.collate([{**encoded(world, number), "step": step, "position": number} for number in numbers])
+    return loader.collate([{**encoded(world, number), **place(number, step)} for number in numbers])
 
 
 def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int], step: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +104,7 @@ def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int], step: int = 3
     latents = torch.stack(
         [(latents[:, c] - vae.config.latents_mean[c]) / vae.config.latents_std[c] for c in range(16)], dim=1
     )
-    rngs = sample_rngs(world.cfg.seed, step, numbers)
+    rngs = sample_rngs(world.cfg.run.seed, step, numbers)
     uniform, _ = draw_uniform(rngs), draw_uniform(rngs)
     noise = draw_normal(rngs, latents.shape[1:])
     tokens = (HEIGHT // 16) * (WIDTH // 16)
@@ -208,16 +222,16 @@ def test_prediction_is_compared_with_the_target_token_by_token(world, monkeypatc
     if world.dtype != torch.float32:
         pytest.skip("compared in float32")
     made = batch(world, [0, 1])
-    rngs = sample_rngs(world.cfg.seed, 3, [0, 1])
+    rngs = sample_rngs(world.cfg.run.seed, 3, [0, 1])
     draw_uniform(rngs), draw_uniform(rngs)
     noise = draw_normal(rngs, made["latents"].shape[1:])
     # d noisy / d sigma, packed by the pipeline
     perfect = world.pipeline._pack_latents(noise - made["latents"], 2, 16, HEIGHT // 8, WIDTH // 8)
     monkeypatch.setattr(world.models, "transformer", lambda **named: (perfect,))
-    loss, metrics = world.train.compute_loss(world.models, made, world.cfg)
-    assert loss.item() < 1e-10 and metrics["samples"] == 2
-    assert metrics["latents_mean"].item() == pytest.approx(made["latents"].mean().item())
-    assert metrics["latents_std"].item() == pytest.approx(made["latents"].std().item())
+    loss, measured = world.train.compute_loss(world.models, made, world.cfg)
+    assert loss.item() < 1e-10 and measured["samples"] == 2
+    assert measured["latents_mean"].item() == pytest.approx(made["latents"].mean().item())
+    assert measured["latents_std"].item() == pytest.approx(made["latents"].std().item())
 
 
 def test_empty_caption_is_the_encoded_one(world):
@@ -227,11 +241,11 @@ def test_empty_caption_is_the_encoded_one(world):
     assert mask is None or mask.all()
     assert torch.equal(world.models.empty_prompt_embeds, expected[0]) and expected.abs().sum() > 0
     dropped = 0
-    samples = [{**encoded(world, n), "step": 9, "position": p} for p, n in zip(range(40), itertools.cycle([0, 1]))]
+    samples = [{**encoded(world, n), **place(p, step=9)} for p, n in zip(range(40), itertools.cycle([0, 1]))]
     world.spy.calls.clear()
-    cfg = world.train.Config(train_data_dir="unused", seed=5, caption_dropout=0.25)
+    cfg = settings(world.train, caption_dropout=0.25)
     with torch.no_grad():
-        world.train.compute_loss(world.models, world.train.collate(samples), cfg)
+        world.train.compute_loss(world.models, loader.collate(samples), cfg)
     (call,) = world.spy.calls
     lengths = call["encoder_hidden_states_mask"].sum(1).tolist()
     for sample, length, embeds in zip(samples, lengths, call["encoder_hidden_states"], strict=True):
@@ -243,7 +257,7 @@ def test_empty_caption_is_the_encoded_one(world):
 
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
-    pixels = world.train.image_to_tensor(picture(0))
+    pixels = images.image_to_tensor(picture(0))
     vae = world.encoders.vae
     kept = world.encoders.image(pixels, moments=True)
     with torch.no_grad():
@@ -262,9 +276,7 @@ def test_decoding_undoes_encoding(world):
     latents = encoded(world, 0)["latents"][None]
     vae = world.encoders.vae
     with torch.no_grad():
-        direct = vae.decode(
-            vae.encode(world.train.image_to_tensor(picture(0))[None, :, None]).latent_dist.mode()
-        ).sample
+        direct = vae.decode(vae.encode(images.image_to_tensor(picture(0))[None, :, None]).latent_dist.mode()).sample
     packed = world.pipeline._pack_latents(latents, 1, 16, HEIGHT // 8, WIDTH // 8)
 
     def stay(pipeline, i, t, tensors):  # whatever the random transformer did, decode the given latents

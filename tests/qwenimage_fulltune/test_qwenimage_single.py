@@ -1,5 +1,5 @@
-"""Runs of one process, in this process: exact resume, a stop signal, batch equivalence, golden losses, an old copy,
-users' mistakes."""
+"""Runs of one process, in this process: exact resume, a stop signal, batch equivalence, golden losses, users'
+mistakes."""
 
 import json
 import os
@@ -14,7 +14,10 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, load_script, read_rows, run_command, run_main, weights
+from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
+
+from common.start.config import parse_recipe
+from common.start.plan import explained_errors
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
 
@@ -235,7 +238,7 @@ def test_the_tracker_gets_the_metrics(train, config, tmp_path, monkeypatch):
     assert run.finish.called
 
 
-# ---- golden losses, and an old copy
+# ---- golden losses
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +255,6 @@ def test_golden_losses(golden):
     tests/update_golden.py."""
     expected = json.loads(GOLDEN.read_text())["losses"]
     assert len(expected) == 20 and golden == pytest.approx(expected, rel=1e-3)
-
-
-def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
-    """Catches a change of common/ that breaks recipes which people copied earlier (signatures only grow)."""
-    frozen = ROOT / "tests/frozen" / Path(__file__).parent.name
-    assert (frozen / "train.py").is_file(), "made by: python tests/freeze.py"
-    flags = ["--max_train_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 2, "--export_model"]
-    run_main(load_script(frozen / "train.py"), ["--config", config, "--output_dir", tmp_path, *flags])
-    assert len(read_rows(tmp_path)) == 2 and (tmp_path / "export/transformer/config.json").is_file()
 
 
 # ---- users' mistakes
@@ -303,7 +297,7 @@ def test_mistakes_end_in_one_sentence(train, config, tmp_path, capfd, flags, sen
     expected."""
     (tmp_path / "empty.json").write_text("[]")
     flags = [flag.format(tmp=tmp_path, empty=tmp_path / "empty.json") for flag in flags]
-    with pytest.raises(SystemExit) as ended, train.explained_errors():
+    with pytest.raises(SystemExit) as ended, explained_errors():
         run_main(train, ["--config", config, "--output_dir", tmp_path / "out", *flags])
     said = capfd.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -314,7 +308,7 @@ def test_mistakes_end_in_one_sentence(train, config, tmp_path, capfd, flags, sen
 def test_train_data_must_be_given(train):
     """Catches a default that trains on nothing."""
     with pytest.raises(ValueError, match="train_data_dir is not set; pass --train_data_dir FOLDER"):
-        train.Config()
+        parse_recipe(train.Config, [])
 
 
 @pytest.mark.parametrize(
