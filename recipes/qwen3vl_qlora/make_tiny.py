@@ -190,6 +190,7 @@ def vocabulary_digest(processor: Qwen3VLProcessor) -> str:
 
 
 def load_weights(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, path: Path) -> None:
+    """float16 to float32; lm_head is the embedding. ValueError when the vocabulary is another."""
     with safe_open(path, "pt") as file:
         if file.metadata()["vocabulary"] != vocabulary_digest(processor):
             raise ValueError(f"{path.name} was made with other words than the generators use now; pretrain anew")
