@@ -4,6 +4,7 @@ buckets, and a configuration for both."""
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import ROOT, load_script
 
+from common.start.config import parse_recipe
 from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
@@ -30,6 +32,17 @@ def recipe() -> Path:
 @pytest.fixture(scope="session")
 def train() -> ModuleType:
     return load_script(RECIPE / "train.py")
+
+
+@pytest.fixture(scope="session")
+def settings(train) -> Callable:
+    """settings(seed=5) is the recipe's Config as the flag --seed 5 makes it, checked."""
+
+    def make(**values: object) -> object:
+        flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        return parse_recipe(train.Config, ["--train_data_dir", "unused", *flags])
+
+    return make
 
 
 @pytest.fixture(scope="session")

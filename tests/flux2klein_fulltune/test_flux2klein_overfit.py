@@ -28,7 +28,7 @@ def scene(colour: str, shape: str, place: str, background: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module", params=["prompts", "references"])
-def trained(request, train, model_folder) -> SimpleNamespace:
+def trained(request, train, settings, model_folder) -> SimpleNamespace:
     """The pipeline with the overfitted transformer, what it is to be asked for, and each picture's normalised latents,
     encoded by diffusers' own means."""
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def trained(request, train, model_folder) -> SimpleNamespace:
     encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
     models = train.Models(
         transformer=transformer,
-        transformer_config=json.loads(transformer.to_json_string()),
+        config=json.loads(transformer.to_json_string()),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
         empty_prompt_embeds=encoders.prompt("", LENGTH)["prompt_embeds"],
         dtype=torch.float32,
@@ -55,18 +55,16 @@ def trained(request, train, model_folder) -> SimpleNamespace:
         else:
             asked.append({"prompt": "the other half", "image": Image.new("RGB", (64, 64), shapes.COLOURS[colour])})
             reference = {"reference_0": encoders.reference(asked[-1]["image"])}
-        latents = encoders.image(train.image_to_tensor(image), moments=False)
+        latents = encoders.image(train.images.image_to_tensor(image), moments=False)
         samples.append({**encoders.prompt(asked[-1]["prompt"], LENGTH), **latents, **reference})
         with torch.no_grad():
             expected.append(pipeline._encode_vae_image(pipeline.image_processor.preprocess(image), generator=None)[0])
-    cfg = train.Config(
-        train_data_dir="unused", caption_dropout=0.0, timestep_sampling="uniform", shift_rule="empirical"
-    )
+    cfg = settings(caption_dropout=0.0, timestep_sampling="uniform", shift_rule="empirical")
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
-        rows = [{**samples[position % 2], "step": step, "position": position} for position in range(BATCH)]
-        batch = train.collate(rows)
+        places = [{"step": step, "position": position, "group_size": BATCH} for position in range(BATCH)]
+        batch = train.loader.collate([{**samples[place["position"] % 2], **place} for place in places])
         loss, _ = train.compute_loss(models, batch, cfg)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -115,13 +113,13 @@ def test_pictures_come_back_from_noise(trained, number):
 def test_decoded_picture_is_the_vaes_reconstruction(trained, train):
     """Catches latents that are normalised in training otherwise than the pipeline undoes it."""
     vae = trained.pipeline.vae
-    pixels = train.image_to_tensor(scene(*next(iter(SCENES.values()))))
+    pixels = train.images.image_to_tensor(scene(*next(iter(SCENES.values()))))
     with torch.no_grad():
         reconstruction = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample[0].clamp(-1, 1)
     image, _ = draw(trained, 0, 0)
     assert image.size == (WIDTH, HEIGHT)
     spread = (reconstruction - reconstruction.mean()).norm()
-    assert (train.image_to_tensor(image) - reconstruction).norm() < 0.5 * spread
+    assert (train.images.image_to_tensor(image) - reconstruction).norm() < 0.5 * spread
 
 
 def test_reversed_sign_shows_in_the_loss(trained, train, monkeypatch):

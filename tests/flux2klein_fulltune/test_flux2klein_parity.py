@@ -1,7 +1,6 @@
 """The transformer is called in training as the unmodified Flux2KleinPipeline calls it: same names, shapes, dtypes,
 values; with and without reference images."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -15,16 +14,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data import MicroBatchSampler
-from common.flow_matching import (
+from common.data.manifest import Record
+from common.data.order import MicroBatchSampler
+from common.start.folders import part_config
+from common.step.flow_matching import (
     draw_normal,
+    draw_sigmas,
     draw_uniform,
     sample_rngs,
     sample_sigmas,
     shift_sigmas,
     velocity_target,
 )
-from common.manifest import Record
 
 WIDTH, HEIGHT = 96, 64  # not square: a swap of the two fails
 TOKENS = (WIDTH // 16) * (HEIGHT // 16)
@@ -55,7 +56,7 @@ def picture(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def world(request, train, model_folder) -> SimpleNamespace:
+def world(request, train, settings, model_folder) -> SimpleNamespace:
     """The recipe's encoders and models, and the unmodified pipeline with a spy on the transformer that both use."""
     dtype = getattr(torch, request.param)
     encoders = train.Encoders(model_folder, torch.device("cpu"), dtype)
@@ -69,12 +70,12 @@ def world(request, train, model_folder) -> SimpleNamespace:
     spy = Spy(pipeline.transformer)
     models = train.Models(
         transformer=pipeline.transformer,
-        transformer_config=dict(pipeline.transformer.config),
+        config=dict(pipeline.transformer.config),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
         empty_prompt_embeds=encoders.prompt("", LENGTH)["prompt_embeds"],
         dtype=dtype,
     )
-    cfg = train.Config(train_data_dir="unused", seed=5, caption_dropout=0.0)
+    cfg = settings(seed=5, caption_dropout=0.0)
     everything = dict(train=train, encoders=encoders, pipeline=pipeline, spy=spy, models=models, cfg=cfg, dtype=dtype)
     return SimpleNamespace(**everything, encoded={})
 
@@ -82,7 +83,7 @@ def world(request, train, model_folder) -> SimpleNamespace:
 def encoded(world: SimpleNamespace, number: int, references: tuple[Image.Image, ...] = ()) -> dict:
     """A row as the cache holds it."""
     if number not in world.encoded:
-        pixels = world.train.image_to_tensor(picture(number))
+        pixels = world.train.images.image_to_tensor(picture(number))
         prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], LENGTH)
         world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
     latents = {f"reference_{index}": world.encoders.reference(image) for index, image in enumerate(references)}
@@ -92,12 +93,13 @@ def encoded(world: SimpleNamespace, number: int, references: tuple[Image.Image, 
 def batch(world: SimpleNamespace, numbers: list[int], references: tuple[tuple[Image.Image, ...], ...] = ()) -> dict:
     """A micro-batch of step 3 as the loader makes it; the pictures' positions in the step are their numbers."""
     rows = itertools.zip_longest(numbers, references, fillvalue=())
-    return world.train.collate([{**encoded(world, n, r), "step": 3, "position": n} for n, r in rows])
+    place = {"step": 3, "group_size": 2}
+    return world.train.loader.collate([{**encoded(world, n, r), **place, "position": n} for n, r in rows])
 
 
 def drawn_noise(world: SimpleNamespace, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(uniform numbers (B,), noise (B, C, H/16, W/16)) of step 3, from the generators that compute_loss is to use."""
-    rngs = sample_rngs(world.cfg.seed, 3, numbers)
+    rngs = sample_rngs(world.cfg.run.seed, 3, numbers)
     uniform, _ = draw_uniform(rngs), draw_uniform(rngs)
     return uniform, draw_normal(rngs, (world.pipeline.transformer.config.in_channels, HEIGHT // 16, WIDTH // 16))
 
@@ -217,16 +219,16 @@ def test_velocity_target_through_the_pipelines_scheduler(world):
     torch.testing.assert_close(end, pack(latents), atol=1e-5, rtol=1e-4)
 
 
-def test_empty_caption_is_the_encoded_one(world):
+def test_empty_caption_is_the_encoded_one(world, settings):
     """Catches zeros in place of the encoded "" for caption dropout, and a share of dropped captions that is not the
     one asked for."""
     expected = world.pipeline.encode_prompt([""], max_sequence_length=LENGTH)[0][0]
     assert torch.equal(world.models.empty_prompt_embeds, expected) and expected.abs().sum() > 0
-    samples = [{**encoded(world, p % 2), "step": 9, "position": p} for p in range(40)]
+    samples = [{**encoded(world, p % 2), "step": 9, "position": p, "group_size": 40} for p in range(40)]
     world.spy.calls.clear()
-    cfg = world.train.Config(train_data_dir="unused", seed=5, caption_dropout=0.25)
+    cfg = settings(seed=5, caption_dropout=0.25)
     with torch.no_grad():
-        world.train.compute_loss(world.models, world.train.collate(samples), cfg)
+        world.train.compute_loss(world.models, world.train.loader.collate(samples), cfg)
     (call,) = world.spy.calls
     empty = [torch.equal(embeds, expected) for embeds in call["encoder_hidden_states"]]
     for sample, dropped, embeds in zip(samples, empty, call["encoder_hidden_states"], strict=True):
@@ -242,7 +244,7 @@ def test_batch_norm_statistics_normalise_and_stay(world):
     would move them."""
     vae = world.encoders.vae
     before = {name: value.clone() for name, value in vae.bn.state_dict().items()}
-    pixels = world.train.image_to_tensor(picture(7))
+    pixels = world.train.images.image_to_tensor(picture(7))
     latents = world.encoders.image(pixels, moments=False)["latents"]
     world.encoders.reference(picture(8, TALL))
     assert not vae.training and not vae.bn.training and not any(p.requires_grad for p in vae.parameters())
@@ -256,7 +258,7 @@ def test_batch_norm_statistics_normalise_and_stay(world):
 
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is patched or scaled otherwise than its mean is."""
-    pixels, vae = world.train.image_to_tensor(picture(0)), world.encoders.vae
+    pixels, vae = world.train.images.image_to_tensor(picture(0)), world.encoders.vae
     kept = world.encoders.image(pixels, moments=True)
     with torch.no_grad():
         posterior = vae.encode(pixels[None]).latent_dist
@@ -272,7 +274,7 @@ def test_decoding_undoes_encoding(world):
     only_float32(world)
     vae = world.encoders.vae
     with torch.no_grad():
-        direct = vae.decode(vae.encode(world.train.image_to_tensor(picture(0))[None]).latent_dist.mode()).sample
+        direct = vae.decode(vae.encode(world.train.images.image_to_tensor(picture(0))[None]).latent_dist.mode()).sample
     packed = world.pipeline._pack_latents(encoded(world, 0)["latents"][None])
 
     def stay(pipeline, i, t, tensors):  # whatever the random transformer did, decode the given latents
@@ -339,17 +341,19 @@ def test_a_batch_has_references_of_one_size(train):
     sizes = [((90, 70),), ((80, 64),), ((70, 90),), (), ((80, 64), (80, 64))] * 8
     records, buckets = rows_with_sources(*sizes), [(96, 96)] * 40
     kinds = [tuple((w // 16, h // 16) for w, h in each) for each in sizes]
-    shape_ids = train.reference_shapes(records)
+    shape_ids = train.reference_images.shapes(records)
     sampler = MicroBatchSampler(buckets, 2, 4, 0, 1, seed=0, shape_ids=shape_ids)
     seen = [{kinds[place.sample] for place in micro_batch} for micro_batch in itertools.islice(sampler, 60)]
     assert all(len(each) == 1 for each in seen) and len(set.union(*seen)) == 4
     assert any(len(set.union(*seen[start : start + 4])) > 1 for start in range(0, 60, 4)), "a step may have several"
     assert shape_ids[0] == shape_ids[1]
-    assert train.reference_shapes(rows_with_sources((), ())) is None
+    assert train.reference_images.shapes(rows_with_sources((), ())) is None
 
 
 @pytest.mark.parametrize(("size", "is_good"), [((63, 80), False), ((64, 513), False), ((512, 64), True)])
-def test_references_that_the_pipeline_refuses_are_named(train, tmp_path, size, is_good):
+def test_references_that_the_pipeline_refuses_are_named(
+    train, settings, model_folder, tmp_path, monkeypatch, size, is_good
+):
     """Catches a reference too small or too long for the pipeline that is found out when it first draws, hours
     later."""
     picture(0).save(tmp_path / "target.png")
@@ -357,23 +361,35 @@ def test_references_that_the_pipeline_refuses_are_named(train, tmp_path, size, i
     picture(2, size).save(tmp_path / "edge.png")
     rows = [{"file_path": "target.png", "text": "a cross", "source_file_path": [p]} for p in ("good.png", "edge.png")]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    cfg = train.Config(train_data_dir=str(tmp_path), output_dir=str(tmp_path / "out"), num_validation_samples=0)
-    (tmp_path / "out").mkdir()
+    run = SimpleNamespace(rank=0, world_size=1, is_main=True)
+
+    class ReachedEncoding(Exception):
+        pass
+
+    def reach(run, embeddings, items, encode):
+        raise ReachedEncoding([row for row, bucket in items.values() if bucket])
+
+    def checked(**values: str) -> list[Record]:
+        """The rows that are left to be encoded."""
+        cfg = settings(train_data_dir=tmp_path, output_dir=tmp_path / "out", num_validation_samples=0, **values)
+        with pytest.raises(ReachedEncoding) as reached:
+            train.prepare_data(cfg, run, model_folder)
+        return reached.value.args[0]
+
+    monkeypatch.setattr(train.cache, "encode_missing", reach)
     if is_good:
-        records, _ = train.load_records(cfg, set())
-        assert [record.source_sizes for record in records] == [(TALL,), (size,)]
+        assert [record.source_sizes for record in checked()] == [(TALL,), (size,)]
         return
     width, height = size
     with pytest.raises(ValueError, match=rf"train.json row 1: .*edge.png.* is {width} x {height}; .*64.*8 : 1"):
-        train.load_records(cfg, set())
-    records, _ = train.load_records(dataclasses.replace(cfg, on_bad_rows="skip"), set())
-    assert [record.row for record in records] == [0]
+        checked()
+    assert [record.row for record in checked(on_bad_rows="skip")] == [0]
 
 
 # ---- timestep shift
 
 
-def test_flux1_rule_is_the_schedulers_line(world):
+def test_flux1_rule_is_the_schedulers_line(world, settings):
     """Catches the linear rule with other ends: mu 0.5 at 256 tokens, 1.15 at 4096; and sigmas shifted otherwise than
     by the scheduler."""
     cfg, config = world.cfg, world.models.scheduler_config
@@ -385,12 +401,14 @@ def test_flux1_rule_is_the_schedulers_line(world):
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=1.15)
     ours = shift_sigmas(sigmas, world.train.sigma_shift(cfg, config, 4096))
     torch.testing.assert_close(ours, scheduler.sigmas[:-1], atol=1e-6, rtol=1e-5)
-    fixed = world.train.Config(train_data_dir="unused", timestep_shift=3.0)
-    assert world.train.sigma_shift(fixed, config, 4096) == 3.0
+    for flags, shift in (({}, world.train.sigma_shift(cfg, config, 4096)), ({"timestep_shift": 3.0}, 3.0)):
+        chosen = settings(timestep_sampling="uniform", **flags)
+        drawn = draw_sigmas(sigmas, chosen.flow, world.train.sigma_shift(chosen, config, 4096))
+        assert torch.equal(drawn, shift_sigmas(sigmas, shift))
 
 
 @pytest.mark.parametrize("references", [(), (TALL,)], ids=["text", "reference"])
-def test_empirical_rule_is_the_pipelines(world, monkeypatch, references):
+def test_empirical_rule_is_the_pipelines(world, settings, monkeypatch, references):
     """Catches an empirical mu of other tokens (references do not count) or steps than the pipeline's own."""
     only_float32(world)
     given, set_timesteps = {}, world.pipeline.scheduler.set_timesteps
@@ -405,7 +423,7 @@ def test_empirical_rule_is_the_pipelines(world, monkeypatch, references):
         image=[picture(1, size) for size in references] or None, prompt=PROMPTS[1], height=HEIGHT, width=WIDTH,
         num_inference_steps=2, guidance_scale=1.0, max_sequence_length=LENGTH, output_type="latent",
     )  # fmt: skip
-    cfg = world.train.Config(train_data_dir="unused", shift_rule="empirical", num_inference_steps=2, caption_dropout=0)
+    cfg = settings(shift_rule="empirical", num_inference_steps=2, caption_dropout=0)
     used = []
     rule = world.train.sigma_shift
     monkeypatch.setattr(world.train, "sigma_shift", lambda *args: used.append(rule(*args)) or used[-1])
@@ -432,12 +450,12 @@ def counted_flops(model: Flux2Transformer2DModel, tokens: int, prompt_tokens: in
     return counter.get_total_flops()
 
 
-def test_forward_flops_are_those_that_torch_counts(train, world):
+def test_forward_flops_are_those_that_torch_counts(train, recipe, world):
     """Catches an MFU that is computed from a wrong number of operations, and one that forgets the references."""
     only_float32(world)
     with torch.device("meta"):
-        full = Flux2Transformer2DModel(**train.FULL_SIZE)
-        small = Flux2Transformer2DModel.from_config(world.models.transformer_config)
+        full = Flux2Transformer2DModel.from_config(part_config(recipe / "full_size/transformer"))
+        small = Flux2Transformer2DModel.from_config(world.models.config)
     flops = train.forward_flops(dict(full.config), 4096, 512)
     assert flops == pytest.approx(75.5e12, rel=0.005)
     assert flops == pytest.approx(counted_flops(full, 4096, 512), rel=0.002)
