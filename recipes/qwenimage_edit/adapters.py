@@ -12,8 +12,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from common.runtime import Run
-from common.sharding import Reader, full_tensor
+from common.model import loading
+from common.model.ema import Ema, evaluating
+from common.model.loading import Reader
+from common.model.sharding import full_tensor
+from common.processes import Run
 
 LORA_TARGETS = [*(f"to_{name}" for name in "qkv"), "to_out.0", *(f"add_{name}_proj" for name in "qkv"), "to_add_out"]
 
@@ -34,22 +37,28 @@ def train_matching(transformer: nn.Module, patterns: Sequence[str]) -> str:
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(any(pattern in name for pattern in patterns))
     trained = [p.numel() for p in transformer.parameters() if p.requires_grad]
-    share = sum(trained) / sum(p.numel() for p in transformer.parameters())
+    share = trained_share(transformer)
     return f"trains {sum(trained) / 1e6:.6g}M parameters ({share:.1%}), {len(trained)} of {len(names)} tensors"
 
 
-def add_lora(transformer: QwenImageTransformer2DModel, cfg) -> str:
+def add_lora(transformer: QwenImageTransformer2DModel, rank: int, alpha: int) -> str:
     """Adapters on every attention's projections, without memory for their weights; the rest is frozen."""
     transformer.requires_grad_(False)
     with init_empty_weights():
-        transformer.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=LORA_TARGETS))
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS))
     layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False  # autocast casts the small weights instead of the activations
     blocks = len(transformer.transformer_blocks)
     assert len(layers) == len(LORA_TARGETS) * blocks, f"{len(layers)} adapted layers in {blocks} blocks"
     trained = transformer.num_parameters(only_trainable=True)
-    return f"trains LoRA of rank {cfg.lora_rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters"
+    return f"trains LoRA of rank {rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters"
+
+
+def trained_share(transformer: nn.Module) -> float:
+    """Of all parameters."""
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    return trained / sum(p.numel() for p in transformer.parameters())
 
 
 def without_lora(name: str) -> str:
@@ -57,9 +66,11 @@ def without_lora(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def lora_reader(read: Reader, seed: int) -> Reader:
-    """Reads the base's weights by their own names, and begins adapters as peft does: A uniform within
-    1 / sqrt(fan-in), B zero. Every process draws the same A."""
+def reader(run: Run, transformer: nn.Module, weights: Path, seed: int) -> Reader:
+    """Reads the base's weights by their own names, and begins adapters, where there are any, as peft does: A uniform
+    within 1 / sqrt(fan-in), B zero. Every process draws the same A."""
+    names = {without_lora(name) for name in transformer.state_dict() if ".lora_" not in name}
+    read = loading.weights_reader(run, weights, names, seed)
 
     def read_or_begin(name: str, shape: tuple[int, ...], rows: slice) -> torch.Tensor:
         if ".lora_A." in name:
@@ -72,16 +83,19 @@ def lora_reader(read: Reader, seed: int) -> Reader:
     return read_or_begin
 
 
-def export_lora(run: Run, transformer: QwenImageTransformer2DModel, folder: Path) -> None:
-    """pytorch_lora_weights.safetensors with alpha in its metadata: `pipeline.load_lora_weights(folder)`."""
-    weights = {
-        name.replace(".default", ""): full_tensor(parameter).to("cpu", torch.bfloat16)
-        for name, parameter in run.unwrap(transformer).named_parameters()
-        if ".lora_" in name
-    }
+def export_lora(run: Run, output_dir: str | Path, model: nn.Module, ema: Ema | None) -> None:
+    """export/lora, averaged weights where they are kept: pytorch_lora_weights.safetensors with alpha in its metadata,
+    for a pipeline's load_lora_weights."""
+    transformer, folder = run.unwrap(model), Path(output_dir) / "export" / "lora"
+    with evaluating(model, ema):
+        weights = {
+            name.replace(".default", ""): full_tensor(parameter).to("cpu", torch.bfloat16)
+            for name, parameter in transformer.named_parameters()
+            if ".lora_" in name
+        }
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        config = run.unwrap(transformer).peft_config["default"].to_dict()
+        config = transformer.peft_config["default"].to_dict()
         config = {name: list(value) if isinstance(value, set) else value for name, value in config.items()}
         QwenImageEditPipeline.save_lora_weights(
             folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config

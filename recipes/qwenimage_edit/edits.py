@@ -1,4 +1,5 @@
-"""Rows of edits, and what the encoders make of them: which rows can be used, which frame of a video, which sizes.
+"""Rows of edits, and what a step sees of them: which rows can be used, which frame of a video, which sizes; and what
+validation shows.
 
 Sizes are PIL's (width, height).
 """
@@ -6,10 +7,11 @@ Sizes are PIL's (width, height).
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -20,18 +22,36 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 )
 from PIL import Image
 from torch import Tensor
-from video import count_frames, read_frame
+from video import check_video, count_frames, read_frame
 
-from common import flow_matching as fm
-from common.cache import EmbeddingCache
-from common.data import MicroBatchSampler
-from common.images import resize_and_crop
-from common.manifest import Record, load_image, read_bytes
+from common import settings
+from common.data.cache import EmbeddingCache
+from common.data.check import check, load_records
+from common.data.images import check_image, decode_image, resize_and_crop
+from common.data.manifest import Record, load_image, load_manifest, read_bytes
+from common.data.order import MicroBatchSampler
+from common.processes import Run, on_main
+from common.start.folders import read_prompts
+from common.step import flow_matching as fm
 
 PIPELINES = {"qwen_image_edit": QwenImageEditPipeline, "qwen_image_edit_plus": QwenImageEditPlusPipeline}
 CONDITION_PIXELS = {"qwen_image_edit": VAE_IMAGE_SIZE, "qwen_image_edit_plus": CONDITION_IMAGE_SIZE}
 SMALLEST_SIDE = 512  # that random_hw_adapt draws
 EMPTY = " "  # the caption of dropout and guidance, as the model's card has it
+
+
+class EditConfig(settings.Pictured, Protocol):
+    """What the modules beside train.py know of its Config."""
+
+    train_mode: str
+    image_sample_size: int
+    enable_bucket: bool
+    random_hw_adapt: bool
+    vae_mini_batch: int
+    uniform_sampling: bool
+    validation_image_paths: tuple[str, ...]
+    flow: settings.FlowMatching
+    prompts: settings.Prompts
 
 
 # ---- rows
@@ -56,6 +76,9 @@ def source_problem(width: int, height: int) -> str:
     return f"is {width} x {height}; expected an aspect of at most 16 : 1, crop it"
 
 
+CHECKS = {"types": ("image", "video"), "source_problem": source_problem, "checks": {"video": check_video}}
+
+
 # ---- sizes
 
 
@@ -65,7 +88,7 @@ def source_size(size: tuple[int, int], pixels: int = VAE_IMAGE_SIZE) -> tuple[in
     return calculate_dimensions(pixels, size[0] / size[1])
 
 
-def target_size(cfg, size: tuple[int, int], multiple: int) -> tuple[int, int]:
+def target_size(cfg: EditConfig, size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """At the full image_sample_size: a square to be cut from the centre, or with enable_bucket the whole picture.
 
     Then its aspect is rounded as the pipelines round a source's (to 32 pixels, where the model can), so that a target
@@ -79,18 +102,18 @@ def target_size(cfg, size: tuple[int, int], multiple: int) -> tuple[int, int]:
     return max(rounding, round(width / rounding) * rounding), max(rounding, round(height / rounding) * rounding)
 
 
-def size_at(cfg, bucket: tuple[int, int], step: int, multiple: int) -> tuple[int, int]:
+def size_at(cfg: EditConfig, bucket: tuple[int, int], step: int, multiple: int) -> tuple[int, int]:
     """The target size of a step, the same for all its samples: the bucket's, or with random_hw_adapt that of a side
     between 512 and image_sample_size, a function of (seed, step)."""
     if not cfg.random_hw_adapt:
         return bucket
     sides = range(-(-SMALLEST_SIDE // multiple) * multiple, cfg.image_sample_size + 1, multiple)
-    scale = np.random.RandomState([cfg.seed, step]).choice(sides) / cfg.image_sample_size
+    scale = np.random.RandomState([cfg.run.seed, step]).choice(sides) / cfg.image_sample_size
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in bucket)
     return width, height
 
 
-def fit_target(cfg, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit_target(cfg: EditConfig, image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The target at its size: cut at the centre, or with enable_bucket all of it, its aspect off by the rounding."""
     if not cfg.enable_bucket:
         return resize_and_crop(image, size)
@@ -117,20 +140,24 @@ class Rows:
     frames: list[int]  # of each row: 1 for images
     multiple: int  # pixels of a packed token: what sides must be multiples of
 
-    def view(self, cfg, row: int, step: int, epoch: int) -> View:
+    def view(self, cfg: EditConfig, row: int, step: int, epoch: int) -> View:
         frame = 0
         if self.frames[row] > 1:
-            seeds = [cfg.seed, epoch, int(self.records[row].digest[:8], 16)]
+            seeds = [cfg.run.seed, epoch, int(self.records[row].digest[:8], 16)]
             frame = int(np.random.RandomState(seeds).randint(self.frames[row]))
         return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame)
 
-    def views(self, cfg, sampler: MicroBatchSampler) -> set[View]:
+    def first_views(self, cfg: EditConfig) -> list[View]:
+        """Each row as the first step would see it: the only one, without random sizes and videos."""
+        return [self.view(cfg, row, 0, 0) for row in range(len(self.records))]
+
+    def views(self, cfg: EditConfig, sampler: MicroBatchSampler, max_train_steps: int) -> set[View]:
         """All that the rest of the run will need: the order of samples is known beforehand."""
         if not cfg.random_hw_adapt and max(self.frames) == 1:
-            return {self.view(cfg, row, 0, 0) for row in range(len(self.records))}
+            return set(self.first_views(cfg))
         needed = set()
         for step, group in sampler.steps():
-            if step >= cfg.max_train_steps:
+            if step >= max_train_steps:
                 return needed
             needed |= {self.view(cfg, row, step, epoch) for row, epoch in group}
 
@@ -138,6 +165,20 @@ class Rows:
         """The sizes of each row's sources: what the rows of one micro-batch must share, because the transformer takes
         one set of positions a batch."""
         return [tuple(source_size(size) for size in record.source_sizes) for record in self.records]
+
+
+def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: Collection[str]) -> tuple[Rows, Rows]:
+    """Checked rows: those to train on, and those held out for the validation loss."""
+    problem = partial(row_problem, train_mode=cfg.train_mode)
+    parts = load_records(cfg, run, known_good, row_problem=problem, **CHECKS)
+    train, held_out = (on_main(run, measured, cfg, records, multiple) for records in parts)
+    return train, held_out
+
+
+def measured(cfg: EditConfig, records: list[Record], multiple: int) -> Rows:
+    """Checked records with their targets' sizes and their numbers of frames."""
+    buckets = [target_size(cfg, (record.width, record.height), multiple) for record in records]
+    return Rows(records, buckets, [frames_of(record, cfg.data.train_data_dir) for record in records], multiple)
 
 
 def frames_of(record: Record, train_data_dir: str) -> int:
@@ -175,19 +216,19 @@ def load_picture(record: Record, train_data_dir: str, which: int | None, frame: 
     return load_image(record, train_data_dir, which)
 
 
-def draws(cfg, step: int, positions: Sequence[int], group_size: int) -> tuple[list, Tensor, Tensor]:
+def draws(cfg: EditConfig, step: int, positions: Sequence[int], group_size: int) -> tuple[list, Tensor, Tensor]:
     """(each sample's generator, uniform numbers (B,) that sigma is made of, whether the caption is dropped (B,)).
 
     Functions of (seed, step, position). With uniform_sampling the step's group_size samples, over all micro-batches
     and processes, share out [0, 1): each has one stratum of equal width, in an order drawn by (seed, step).
     """
-    rngs = fm.sample_rngs(cfg.seed, step, positions)
+    rngs = fm.sample_rngs(cfg.run.seed, step, positions)
     uniform, dropout = fm.draw_uniform(rngs), fm.draw_uniform(rngs)
     if cfg.uniform_sampling:
-        order = np.random.RandomState([cfg.seed, step]).permutation(group_size)
+        order = np.random.RandomState([cfg.run.seed, step]).permutation(group_size)
         strata = uniform.new_tensor([order[position] for position in positions])
         uniform = (strata + uniform) / group_size
-    return rngs, uniform, dropout < cfg.caption_dropout
+    return rngs, uniform, dropout < cfg.pictures.caption_dropout
 
 
 # ---- what validation shows
@@ -201,13 +242,18 @@ class Shown:
     sources: list[Image.Image]
     target: Image.Image | None = None
 
-    def size(self, cfg, multiple: int) -> tuple[int, int]:
+    def size(self, cfg: EditConfig, multiple: int) -> tuple[int, int]:
         """Of the picture to draw: the target's, or as the pipelines choose it, by the last source."""
         return target_size(cfg, (self.target or self.sources[-1]).size, multiple)
 
-    def key(self, cache: EmbeddingCache, empty: bool) -> str:
+    def beside(self, cfg: EditConfig, size: tuple[int, int]) -> dict[str, Image.Image]:
+        """What is shown beside the picture drawn: source_0, source_1, ..., and target at the picture's size."""
+        pictures = {f"source_{which}": each.resize(source_size(each.size)) for which, each in enumerate(self.sources)}
+        return pictures | ({"target": fit_target(cfg, self.target, size)} if self.target else {})
+
+    def key(self, embeddings: EmbeddingCache, empty: bool) -> str:
         pixels = [image_digest(image) for image in self.sources]
-        return cache.key(EMPTY if empty else self.text, None, sources=pixels)
+        return embeddings.key(EMPTY if empty else self.text, None, sources=pixels)
 
 
 def image_digest(image: Image.Image) -> str:
@@ -220,3 +266,45 @@ def shown_row(record: Record, train_data_dir: str) -> Shown:
         load_picture(record, train_data_dir, which, 0) for which in (None, *range(len(record.source_file_path)))
     )
     return Shown(record.text, sources, target)
+
+
+def read_shown(cfg: EditConfig, held_out: Sequence[Record]) -> list[Shown]:
+    """The edits that validation draws: validation_prompts with validation_image_paths; or a .json manifest of rows,
+    whose targets are shown too (train_data_dir's validation.json where nothing is given); or four held-out rows.
+
+    ValueError when a prompt has no image, or an image cannot be used.
+    """
+    folder, images = cfg.data.train_data_dir, cfg.validation_image_paths
+    usual = Path(folder) / "validation.json"
+    prompts = cfg.prompts.validation_prompts or ((str(usual),) if usual.is_file() else ())
+    if not prompts:
+        return [shown_row(record, folder) for record in held_out[:4]]
+    file = Path(prompts[0])
+    if file.suffix == ".json" and file.is_file() and not images:
+        rows = load_manifest(folder, file.resolve(), cfg.pictures.image_column, cfg.pictures.text_column)
+        rows = check(cfg, rows, row_problem=partial(row_problem, train_mode=cfg.train_mode), **CHECKS)
+        return [shown_row(record, folder) for record in rows]
+    prompts = read_prompts(prompts)
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"validation_image_paths has {len(images)} entries, expected one for each of the {len(prompts)} "
+            "validation prompts (several images of one prompt joined by commas)"
+        )
+    return [shown_prompt(cfg, prompt, paths) for prompt, paths in zip(prompts, images, strict=True)]
+
+
+def shown_prompt(cfg: EditConfig, prompt: str, paths: str) -> Shown:
+    """A prompt with its images, which paths joined by commas name."""
+    files = [Path(path) for path in paths.split(",") if path]
+    if problem := row_problem(Record(0, "", prompt, tuple(map(str, files))), cfg.train_mode):
+        raise ValueError(f"validation prompt {prompt!r}: {problem}; name it in validation_image_paths")
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"validation_image_paths names {path}, which is not there; give paths of pictures")
+        try:
+            problem = source_problem(*check_image(path.read_bytes(), decode=True, max_pixels=2**31))
+        except ValueError as error:
+            problem = f"cannot be used: {error}"
+        if problem:
+            raise ValueError(f"validation_image_paths: {path} {problem}")
+    return Shown(prompt, [decode_image(path.read_bytes()) for path in files])

@@ -1,34 +1,44 @@
 """What the frozen encoders make of edits, and the cache that keeps it: targets, sources and prompts by the unmodified
 pipeline's own parts, at the sizes that it gives them."""
 
-import dataclasses
-import gc
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from edits import CONDITION_PIXELS, EMPTY, PIPELINES, Picture, Rows, Shown, View, draws, fit_target, source_size
+from edits import (
+    CONDITION_PIXELS,
+    EMPTY,
+    PIPELINES,
+    EditConfig,
+    Picture,
+    Rows,
+    Shown,
+    View,
+    draws,
+    fit_target,
+    source_size,
+)
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
-from common.cache import EmbeddingCache
-from common.data import Place
-from common.folders import folder_fingerprint
-from common.images import image_to_tensor
-from common.manifest import Record
-from common.runtime import Run, on_main
+from common.data import cache
+from common.data.cache import EmbeddingCache
+from common.data.images import image_to_tensor
+from common.data.loader import of_place
+from common.data.manifest import Record
+from common.data.order import Place
+from common.processes import Run
 
 
 class Encoders:
     """The frozen VAE and text encoder, loaded plainly (never sharded), used before training and then dropped."""
 
-    def __init__(self, cfg, folder: Path, device: torch.device):
+    def __init__(self, cfg: EditConfig, folder: Path, device: torch.device, dtype: torch.dtype):
         self.cfg, self.device = cfg, device
-        dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
         self.vae = load_vae(folder, device, torch.float32)
         text_encoder = (
             Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
@@ -94,47 +104,52 @@ def latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def open_cache(cfg, run: Run, folder: Path) -> EmbeddingCache:
+def open_cache(cfg: EditConfig, run: Run, folder: Path) -> EmbeddingCache:
     """The embedding cache, with everything but the row that encoded tensors depend on."""
-    parts = ("vae", "text_encoder", "tokenizer", "processor")
-    fingerprint = {
-        "model": on_main(run, lambda: {part: folder_fingerprint(folder / part) for part in parts}),
-        "train_mode": cfg.train_mode,
-        "latents": "moments" if cfg.cache_moments else "mode",
-        "target": "whole" if cfg.enable_bucket else "cut",
-        "precision": cfg.mixed_precision,
-    }
-    return EmbeddingCache(cfg.cache_dir or Path(cfg.output_dir) / "embedding_cache", fingerprint, run.rank)
+    return cache.open_cache(
+        run,
+        cfg.pictures.cache_dir,
+        cfg.run.output_dir,
+        folder,
+        ("vae", "text_encoder", "tokenizer", "processor"),
+        train_mode=cfg.train_mode,
+        latents="moments" if cfg.flow.cache_moments else "mode",
+        target="whole" if cfg.enable_bucket else "cut",
+        precision=cfg.precision.mixed_precision,
+    )
 
 
 # ---- the cache's entries
 
 
-def target_key(cache: EmbeddingCache, record: Record, view: View) -> str:
-    return cache.key(record, view.size, part="target", frame=view.frame)
+def target_key(embeddings: EmbeddingCache, record: Record, view: View) -> str:
+    return embeddings.key(record, view.size, part="target", frame=view.frame)
 
 
-def source_key(cache: EmbeddingCache, record: Record, view: View, which: int) -> str:
-    return cache.key(record, None, part=f"source {which}", frame=view.frame)
+def source_key(embeddings: EmbeddingCache, record: Record, view: View, which: int) -> str:
+    return embeddings.key(record, None, part=f"source {which}", frame=view.frame)
 
 
-def prompt_key(cache: EmbeddingCache, record: Record, view: View, empty: bool) -> str:
-    return cache.key(record, None, part="empty prompt" if empty else "prompt", frame=view.frame)
+def prompt_key(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> str:
+    return embeddings.key(record, None, part="empty prompt" if empty else "prompt", frame=view.frame)
 
 
-def load_view(cache: EmbeddingCache, record: Record, view: View, empty: bool) -> dict[str, Tensor]:
+def load_view(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> dict[str, Tensor]:
     """latents (and posterior_std) of the target, source_0, source_1, ..., prompt_embeds."""
-    tensors = {**cache[target_key(cache, record, view)], **cache[prompt_key(cache, record, view, empty)]}
+    tensors = {
+        **embeddings[target_key(embeddings, record, view)],
+        **embeddings[prompt_key(embeddings, record, view, empty)],
+    }
     for which in range(len(record.source_file_path)):
-        tensors[f"source_{which}"] = cache[source_key(cache, record, view, which)]["latents"]
+        tensors[f"source_{which}"] = embeddings[source_key(embeddings, record, view, which)]["latents"]
     return tensors
 
 
 class EncodedEdits(Dataset):
     """Samples for MicroBatchSampler. The prompt is the empty one where caption_dropout falls on the place."""
 
-    def __init__(self, cfg, rows: Rows, cache: EmbeddingCache):
-        self.cfg, self.rows, self.cache = cfg, rows, cache
+    def __init__(self, cfg: EditConfig, rows: Rows, embeddings: EmbeddingCache):
+        self.cfg, self.rows, self.embeddings = cfg, rows, embeddings
 
     def __len__(self) -> int:
         return len(self.rows.records)
@@ -143,40 +158,39 @@ class EncodedEdits(Dataset):
         record = self.rows.records[place.sample]
         view = self.rows.view(self.cfg, place.sample, place.step, place.epoch)
         _, _, dropped = draws(self.cfg, place.step, [place.position], len(place.group))
-        tensors = load_view(self.cache, record, view, bool(dropped[0]))
-        return {**tensors, "step": place.step, "position": place.position, "group_size": len(place.group)}
+        return {**load_view(self.embeddings, record, view, bool(dropped[0])), **of_place(place)}
 
 
 # ---- encoding
 
 
-@dataclass
-class ToEncode:
-    """What encoders are asked for, by cache key."""
+class Instruction(NamedTuple):
+    """A prompt to encode, and the sources that are in it."""
 
-    pictures: dict[str, Picture] = dataclasses.field(default_factory=dict)
-    prompts: dict[str, tuple[str, list[Picture] | list[Image.Image]]] = dataclasses.field(default_factory=dict)
-    """(instruction, its sources)"""
+    text: str
+    sources: list[Picture] | list[Image.Image]
 
 
-def what_to_encode(cfg, cache: EmbeddingCache, parts: list[tuple[Rows, set[View]]], shown: list[Shown]) -> ToEncode:
-    """Targets, sources and prompts of rows as they will be seen, and the prompts that validation draws. The empty
-    prompt has the sources in it, so that every row has its own."""
-    wanted = ToEncode()
+def what_to_encode(
+    cfg: EditConfig, embeddings: EmbeddingCache, parts: list[tuple[Rows, set[View]]], shown: list[Shown]
+) -> dict[str, Picture | Instruction]:
+    """By cache key: targets, sources and prompts of rows as they will be seen, and the prompts that validation draws.
+    The empty prompt has the sources in it, so that every row has its own."""
+    targets, of_rows, prompts, empty_prompts = {}, {}, {}, {}
     for rows, views in parts:
         for view in sorted(views):
             record = rows.records[view.row]
             sizes = [source_size(size) for size in record.source_sizes]
             sources = [Picture(size, record, which, view.frame) for which, size in enumerate(sizes)]
-            wanted.pictures[target_key(cache, record, view)] = Picture(view.size, record, None, view.frame)
-            wanted.pictures |= {source_key(cache, record, view, source.which): source for source in sources}
-            wanted.prompts[prompt_key(cache, record, view, empty=False)] = record.text, sources
-            if cfg.caption_dropout:
-                wanted.prompts[prompt_key(cache, record, view, empty=True)] = EMPTY, sources
+            targets[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame)
+            of_rows |= {source_key(embeddings, record, view, source.which): source for source in sources}
+            prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(record.text, sources)
+            if cfg.pictures.caption_dropout:
+                empty_prompts[prompt_key(embeddings, record, view, empty=True)] = Instruction(EMPTY, sources)
     for edit in shown:
-        wanted.prompts[edit.key(cache, empty=False)] = edit.text, edit.sources
-        wanted.prompts[edit.key(cache, empty=True)] = EMPTY, edit.sources
-    return wanted
+        prompts[edit.key(embeddings, empty=False)] = Instruction(edit.text, edit.sources)
+        empty_prompts[edit.key(embeddings, empty=True)] = Instruction(EMPTY, edit.sources)
+    return {**targets, **of_rows, **prompts, **empty_prompts}  # one kind after the other: processes share out each
 
 
 def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[list[list[str]]]:
@@ -191,26 +205,22 @@ def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[l
     return [same[at : at + batch_size] for same in by_size.values() for at in range(0, len(same), batch_size)]
 
 
-def encode(cfg, run: Run, folder: Path, cache: EmbeddingCache, wanted: ToEncode) -> None:
-    """Encode what the cache lacks, each process its share; encoders leave memory."""
-    missing = on_main(run, cache.missing, [*wanted.pictures, *wanted.prompts])
-    if missing:
-        encoders = Encoders(cfg, folder, run.device)
-        pictures = {key: wanted.pictures[key] for key in missing if key in wanted.pictures}
-        batches = batches_of_one_size(pictures, cfg.vae_mini_batch)
-        for batch in run.progress(batches[run.rank :: run.world_size], "encode pictures"):
-            pixels = [encoders.pixels(pictures[keys[0]], cfg.train_data_dir) for keys in batch]
-            for keys, tensors in zip(batch, encoders.latents(pixels, cfg.cache_moments), strict=True):
-                for key in keys:
-                    cache.add(key, tensors)
-        prompts = [key for key in missing if key in wanted.prompts]
-        for key in run.progress(prompts[run.rank :: run.world_size], "encode instructions"):
-            text, sources = wanted.prompts[key]
-            images = [each.load(cfg.train_data_dir) if isinstance(each, Picture) else each for each in sources]
-            cache.add(key, encoders.prompt(text, images))
-        del encoders
-        gc.collect()
-        torch.cuda.empty_cache()
-    cache.flush()
-    run.barrier()
-    cache.reload()
+def encode(
+    cfg: EditConfig,
+    run: Run,
+    folder: Path,
+    embeddings: EmbeddingCache,
+    items: dict[str, Picture | Instruction],
+) -> None:
+    """Add what the encoders make of pictures and instructions."""
+    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+    pictures = {key: item for key, item in items.items() if isinstance(item, Picture)}
+    prompts = {key: item for key, item in items.items() if isinstance(item, Instruction)}
+    for batch in run.progress(batches_of_one_size(pictures, cfg.vae_mini_batch), "encode pictures"):
+        pixels = [encoders.pixels(pictures[keys[0]], cfg.data.train_data_dir) for keys in batch]
+        for keys, tensors in zip(batch, encoders.latents(pixels, cfg.flow.cache_moments), strict=True):
+            for key in keys:
+                embeddings.add(key, tensors)
+    for key, (text, sources) in run.progress(prompts.items(), "encode instructions"):
+        images = [each.load(cfg.data.train_data_dir) if isinstance(each, Picture) else each for each in sources]
+        embeddings.add(key, encoders.prompt(text, images))

@@ -20,7 +20,7 @@ import yaml
 from diffusers import QwenImageTransformer2DModel
 from edits import EMPTY, PIPELINES
 
-from common.images import decode_image
+from common.data.images import decode_image
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import ROOT, load_script
 
+from common.start.config import parse_recipe
 from tiny import shapes
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
@@ -39,15 +40,49 @@ def train() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def settings(train) -> Callable:
+    """settings(seed=5) is the recipe's Config as the flag --seed 5 makes it, checked."""
+
+    def make(**values: object) -> object:
+        flags: list[str] = []
+        for name, value in {"train_data_dir": "unused", **values}.items():
+            if isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        return parse_recipe(train.Config, flags)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def edits(train) -> ModuleType:
     """The recipe's edits.py."""
-    return sys.modules[train.Rows.__module__]
+    return train.edits
 
 
 @pytest.fixture(scope="session")
 def encoding(train) -> ModuleType:
     """The recipe's encoding.py."""
-    return sys.modules[train.encode.__module__]
+    return train.encoding
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., SimpleNamespace]:
+    """process(dtype): what the recipe's modules need of a Run, of one process."""
+
+    def make(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+        plain = dict(device=torch.device("cpu"), rank=0, world_size=1, is_main=True, barrier=lambda: None)
+        asked = dict(progress=lambda items, title: items, share_of=lambda items: items)
+        return SimpleNamespace(**plain, **asked, compute_dtype=dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_rows(edits, process) -> Callable:
+    """load_rows(cfg): rows to train on and held out, for a model whose tokens have 32 pixels a side."""
+    return lambda cfg: edits.load_rows(cfg, process(), 32, set())
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Rows, sources, sizes, frames of videos, and settings: from the manifest to what the encoders and the transformer are
 given."""
 
-import dataclasses
 import itertools
 import json
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLProcessor
 
-from common.config import parse_config
-from common.data import MicroBatchSampler
-from common.manifest import Record
+from common import rules
+from common.data.cache import encode_missing
+from common.data.loader import collate
+from common.data.manifest import Record
+from common.data.order import MicroBatchSampler
+from common.start.config import parse_recipe
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 GREYS = [20, 60, 100, 140, 180, 220]  # of the frames of a drawn video
@@ -36,12 +39,12 @@ def plain(size: tuple[int, int] = (64, 64), colour: str = "green") -> Image.Imag
     return Image.new("RGB", size, colour)
 
 
-def config_of(train, folder: Path, rows: list[dict], **more: object):
+def config_of(settings, folder: Path, rows: list[dict], **more: object):
     """Rows written as a manifest, and a Config that reads them."""
     (folder / "train.json").write_text(json.dumps(rows))
-    values = dict(train_data_dir=str(folder), output_dir=str(folder / "out"), num_validation_samples=0, seed=7)
+    values = dict(train_data_dir=folder, output_dir=folder / "out", num_validation_samples=0, seed=7)
     (folder / "out").mkdir(exist_ok=True)
-    return train.Config(**{**values, "image_sample_size": 96, "mixed_precision": "no", **more})
+    return settings(**{**values, "image_sample_size": 96, "mixed_precision": "no", **more})
 
 
 def row(source: str | list[str], target: str = "target.png", **more: object) -> dict:
@@ -52,13 +55,13 @@ def row(source: str | list[str], target: str = "target.png", **more: object) -> 
 
 
 @pytest.fixture(scope="module")
-def encoders_of(train, encoding, make_tiny, fine_folder, tmp_path_factory):
+def encoders_of(settings, encoding, make_tiny, fine_folder, tmp_path_factory):
     """encoders_of(mode): the recipe's encoders, with what was given to the vision-language processor."""
     made = {}
 
     def make(mode: str) -> SimpleNamespace:
-        cfg = train.Config(train_data_dir="unused", train_mode=mode, mixed_precision="no", image_sample_size=96)
-        encoders = encoding.Encoders(cfg, fine_folder, torch.device("cpu"))
+        cfg = settings(train_mode=mode, mixed_precision="no", image_sample_size=96)
+        encoders = encoding.Encoders(cfg, fine_folder, torch.device("cpu"), torch.float32)
         make_tiny.convolve_single_frames(encoders.vae)
         return encoders
 
@@ -107,7 +110,7 @@ def test_latents_have_the_sources_axes(encoders_of):
     assert kept["latents"].shape == (16, 1, 736 // 16, 1440 // 16) and kept["latents"].dtype == torch.float32
 
 
-def test_transparent_rotated_and_grey_sources(train, edits, encoders_of, tmp_path):
+def test_transparent_rotated_and_grey_sources(settings, edits, load_rows, encoders_of, tmp_path):
     """Catches transparency read as black, EXIF rotation that is not applied to the pixels or not to the size that they
     are encoded at, and a grey source that stops the run or becomes a colour."""
     clear = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
@@ -117,20 +120,20 @@ def test_transparent_rotated_and_grey_sources(train, edits, encoders_of, tmp_pat
     halves((160, 80)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     Image.new("L", (120, 90), 200).save(tmp_path / "grey.png")
     plain().save(tmp_path / "target.png")
-    cfg = config_of(train, tmp_path, [row(["clear.png", "turned.jpg", "grey.png"])])
-    rows, _ = train.load_rows(cfg, 32, set())
+    cfg = config_of(settings, tmp_path, [row(["clear.png", "turned.jpg", "grey.png"])])
+    rows, _ = load_rows(cfg)
     (record,) = rows.records
     assert record.source_sizes == ((96, 96), (80, 160), (120, 90))
     assert rows.source_shapes() == [((1024, 1024), (736, 1440), (1184, 896))]
     clear, turned, grey = (
-        encoders_of("qwen_image_edit_plus").pixels(edits.Picture(size, record, which, 0), cfg.train_data_dir)
+        encoders_of("qwen_image_edit_plus").pixels(edits.Picture(size, record, which, 0), cfg.data.train_data_dir)
         for which, size in enumerate(rows.source_shapes()[0])
     )
     assert clear.shape == (3, 1024, 1024) and (clear == 1).all(), "transparency lies over white"
     assert turned.shape == (3, 1440, 736)
     assert (turned[0, :700] > turned[2, :700]).all() and (turned[0, 740:] < turned[2, 740:]).all(), "red is on top"
     assert grey.shape == (3, 896, 1184) and (grey == 200 / 127.5 - 1).all()
-    shown = edits.shown_row(record, cfg.train_data_dir)
+    shown = edits.shown_row(record, cfg.data.train_data_dir)
     assert [image.mode for image in shown.sources] == ["RGB"] * 3 and shown.sources[1].size == (80, 160)
 
 
@@ -183,27 +186,27 @@ def pictures(tmp_path) -> Path:
         (row(["a.png", 3]), "qwen_image_edit_plus", "source_file_path is .* expected paths"),
     ],
 )
-def test_bad_rows_are_named(train, pictures, bad, mode, reason):
+def test_bad_rows_are_named(settings, load_rows, pictures, bad, mode, reason):
     """Catches a mistake in the data that is found hours later, or that is reported without its row."""
     rows = [row(["a.png"]), bad, row("before/a.png"), row(["almost.png"])]
-    cfg = config_of(train, pictures, rows, train_mode=mode)
+    cfg = config_of(settings, pictures, rows, train_mode=mode)
     if reason is None:  # a still picture is a video of one frame
-        assert train.load_rows(cfg, 32, set())[0].frames == [1, 1, 1, 1]
+        assert load_rows(cfg)[0].frames == [1, 1, 1, 1]
         return
     with pytest.raises(ValueError, match=rf"(?s)1 of 4 rows are bad.*train\.json row 1: .*{reason}"):
-        train.load_rows(cfg, 32, set())
-    good, _ = train.load_rows(dataclasses.replace(cfg, on_bad_rows="skip"), 32, set())
+        load_rows(cfg)
+    good, _ = load_rows(config_of(settings, pictures, rows, train_mode=mode, on_bad_rows="skip"))
     assert [record.row for record in good.records] == [0, 2, 3]
     skipped = json.loads((pictures / "out/bad_rows.jsonl").read_text())
     assert skipped["row"] == 1 and re.search(reason, skipped["reason"])
 
 
-def test_absolute_paths_need_no_folder(train, pictures):
+def test_absolute_paths_need_no_folder(settings, load_rows, pictures):
     """Catches an empty train_data_dir, as published commands have it, that means the working directory or nothing."""
     rows = [row([str(pictures / "a.png")], str(pictures / "target.png"), width=64, height=64)] * 2
-    cfg = config_of(train, pictures, rows)
-    cfg = dataclasses.replace(cfg, train_data_dir="", train_data_meta=str(pictures / "train.json"))
-    loaded, _ = train.load_rows(cfg, 32, set())
+    meta = pictures / "train.json"
+    cfg = config_of(settings, pictures, rows, train_data_dir="", train_data_meta=meta)
+    loaded, _ = load_rows(cfg)
     assert [record.source_sizes for record in loaded.records] == [((64, 64),)] * 2
 
 
@@ -227,7 +230,7 @@ def brightness(image: Image.Image) -> float:
 
 
 @pytest.fixture(scope="module")
-def videos(train, tmp_path_factory) -> Path:
+def videos(tmp_path_factory) -> Path:
     """Two video rows of six frames (one with a longer second source) and one of pictures."""
     folder = tmp_path_factory.mktemp("videos")
     draw_video(folder / "after.mp4", GREYS)
@@ -241,29 +244,35 @@ def videos(train, tmp_path_factory) -> Path:
     return folder
 
 
-def rows_of_videos(train, videos: Path, **more: object):
-    cfg = config_of(train, videos, json.loads((videos / "train.json").read_text()), **more)
-    return cfg, train.load_rows(cfg, 32, set())[0]
+@pytest.fixture
+def rows_of_videos(settings, load_rows, videos):
+    """rows_of_videos(): the settings that read them, and the rows."""
+
+    def make(**more: object):
+        cfg = config_of(settings, videos, json.loads((videos / "train.json").read_text()), **more)
+        return cfg, load_rows(cfg)[0]
+
+    return make
 
 
-def test_frames_are_read_by_their_index(train, edits, videos):
+def test_frames_are_read_by_their_index(edits, rows_of_videos):
     """Catches a frame too early or too late."""
-    cfg, rows = rows_of_videos(train, videos)
+    cfg, rows = rows_of_videos()
     assert rows.frames == [6, 1, 6] and rows.records[0].source_sizes == ((64, 64),)
     assert (rows.records[0].width, rows.records[0].height) == (96, 64)
     for frame, grey in enumerate(GREYS):
-        image = edits.load_picture(rows.records[0], cfg.train_data_dir, None, frame)
+        image = edits.load_picture(rows.records[0], cfg.data.train_data_dir, None, frame)
         assert image.mode == "RGB" and image.size == (96, 64) and brightness(image) == pytest.approx(grey, abs=6)
     with pytest.raises(IndexError, match="frame 6 of 6"):
-        edits.load_picture(rows.records[0], cfg.train_data_dir, None, 6)
+        edits.load_picture(rows.records[0], cfg.data.train_data_dir, None, 6)
 
 
-def test_target_and_sources_show_the_same_frame(train, encoding, videos, tmp_path):
+def test_target_and_sources_show_the_same_frame(encoding, rows_of_videos, tmp_path):
     """Catches a frame of its own for each file of a row, and cache entries of one frame used for another."""
-    cfg, rows = rows_of_videos(train, videos)
+    cfg, rows = rows_of_videos()
     cache = encoding.EmbeddingCache(tmp_path, {})
-    sampler = MicroBatchSampler(rows.buckets, 1, 1, 0, 1, cfg.seed, shape_ids=rows.source_shapes())
-    views = rows.views(dataclasses.replace(cfg, max_train_steps=60), sampler)
+    sampler = MicroBatchSampler(rows.buckets, 1, 1, 0, 1, cfg.run.seed, shape_ids=rows.source_shapes())
+    views = rows.views(cfg, sampler, max_train_steps=60)
     assert {view.frame for view in views if view.row == 0} == set(range(6)), "20 epochs show every frame"
     assert {view.frame for view in views if view.row == 1} == {0}
     wanted = encoding.what_to_encode(cfg, cache, [(rows, views)], [])
@@ -271,27 +280,28 @@ def test_target_and_sources_show_the_same_frame(train, encoding, videos, tmp_pat
         record, expected = rows.records[view.row], GREYS[view.frame]
         keys = [encoding.target_key(cache, record, view)]
         keys += [encoding.source_key(cache, record, view, which) for which in range(len(record.source_file_path))]
-        pictures = [wanted.pictures[key] for key in keys]
-        prompt = wanted.prompts[encoding.prompt_key(cache, record, view, empty=False)]
-        assert prompt[0] == record.text
+        pictures = [wanted[key] for key in keys]
+        text, sources = wanted[encoding.prompt_key(cache, record, view, empty=False)]
+        assert text == record.text
         if record.type == "video":
-            for picture in [*pictures, *prompt[1]]:
-                assert brightness(picture.load(cfg.train_data_dir)) == pytest.approx(expected, abs=6)
-    assert len(wanted.pictures) == len({picture.identity() + (key,) for key, picture in wanted.pictures.items()})
+            for picture in [*pictures, *sources]:
+                assert brightness(picture.load(cfg.data.train_data_dir)) == pytest.approx(expected, abs=6)
+    pictures = {key: each for key, each in wanted.items() if isinstance(each, encoding.Picture)}
+    assert len(pictures) == len({picture.identity() + (key,) for key, picture in pictures.items()}) > 0
 
 
-def test_frames_are_a_function_of_seed_and_epoch(train, videos):
+def test_frames_are_a_function_of_seed_and_epoch(rows_of_videos):
     """Catches frames that differ between runs, or that are the same in every epoch, for every row or seed."""
-    cfg, rows = rows_of_videos(train, videos)
-    _, again = rows_of_videos(train, videos)
+    cfg, rows = rows_of_videos()
+    _, again = rows_of_videos()
     frames = [[rows.view(cfg, n, step=5, epoch=epoch).frame for epoch in range(40)] for n in (0, 2)]
     assert frames == [[again.view(cfg, n, step=9, epoch=epoch).frame for epoch in range(40)] for n in (0, 2)]
     assert set(frames[0]) == set(frames[1]) == set(range(6)) and frames[0] != frames[1]
-    other = dataclasses.replace(cfg, seed=8)
+    other, _ = rows_of_videos(seed=8)
     assert frames[0] != [rows.view(other, 0, step=5, epoch=epoch).frame for epoch in range(40)]
 
 
-def test_bad_videos_are_named(train, videos, tmp_path):
+def test_bad_videos_are_named(settings, load_rows, videos, tmp_path):
     """Catches a broken or empty video that stops the run in the middle of encoding."""
     for name in ("after.mp4", "before.mp4"):
         (tmp_path / name).write_bytes((videos / name).read_bytes())
@@ -299,12 +309,12 @@ def test_bad_videos_are_named(train, videos, tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     good = row(["before.mp4"], "after.mp4", type="video")
     for name in ("broken.mp4", "text.mp4"):
-        cfg = config_of(train, tmp_path, [good, row([name], "after.mp4", type="video")])
+        cfg = config_of(settings, tmp_path, [good, row([name], "after.mp4", type="video")])
         with pytest.raises(ValueError, match=rf"train\.json row 1: .*{name}.*no video that can be decoded"):
-            train.load_rows(cfg, 32, set())
-    cfg = config_of(train, tmp_path, [good, row(["before.mp4"], "after.mp4", type="image")])
+            load_rows(cfg)
+    cfg = config_of(settings, tmp_path, [good, row(["before.mp4"], "after.mp4", type="image")])
     with pytest.raises(ValueError, match=r"train\.json row 1: .*after\.mp4.*not an image"):
-        train.load_rows(cfg, 32, set())
+        load_rows(cfg)
 
 
 # ---- the published flags
@@ -319,9 +329,9 @@ PUBLISHED = """--pretrained_model_name_or_path=models/Qwen-Image-Edit --train_da
 --validation_steps=100 --validation_epochs=500 --validation_image_paths=asset/8.jpg --validation_prompts"""
 
 
-def test_published_flags_are_taken_verbatim(train):
+def test_published_flags_are_taken_verbatim(train, settings):
     """Catches a flag of VideoX-Fun's commands that is refused, renamed, ignored or read in another type."""
-    cfg = parse_config(train.Config, [*PUBLISHED.split(), "1girl, black_hair, solo"])
+    got = rules.flat(parse_recipe(train.Config, [*PUBLISHED.split(), "1girl, black_hair, solo"]))
     expected = dict(
         pretrained_model_name_or_path="models/Qwen-Image-Edit", train_data_dir="datasets/internal_datasets/",
         train_data_meta="datasets/internal_datasets/metadata.json", train_batch_size=1, image_sample_size=1328,
@@ -330,28 +340,28 @@ def test_published_flags_are_taken_verbatim(train):
         output_dir="output_dir_qwenimage_edit", gradient_checkpointing=True, mixed_precision="bf16",
         adam_weight_decay=0.03, adam_epsilon=1e-10, vae_mini_batch=1, max_grad_norm=0.05, enable_bucket=True,
         random_hw_adapt=True, uniform_sampling=True, trainable_modules=(".",), train_mode="qwen_image_edit",
-        resume_from_checkpoint="latest", use_8bit_adam=True, report_to="wandb",
+        resume_from_checkpoint="latest", use_8bit_adam=True, optimizer="adamw_8bit", report_to="wandb",
         validation_steps=100, validation_epochs=500, validation_image_paths=("asset/8.jpg",),
         validation_prompts=("1girl, black_hair, solo",),
     )  # fmt: skip
-    assert {name: getattr(cfg, name) for name in expected} == expected
-    plain_config = train.Config(train_data_dir="/")
-    changed = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(plain_config, f.name)}
+    assert {name: got[name] for name in expected} == expected
+    plain_config = rules.flat(settings())
+    changed = {name for name in got if got[name] != plain_config[name]}
     assert changed <= expected.keys(), "a flag that sets something else too"
     epochs_alone = [word for word in PUBLISHED.split() if "max_train_steps" not in word]
-    assert parse_config(train.Config, [*epochs_alone, "1girl"]).num_train_epochs == 100
+    assert parse_recipe(train.Config, [*epochs_alone, "1girl"]).batch.num_train_epochs == 100
 
 
-def test_8bit_adam_is_one_optimizer(train, monkeypatch):
+def test_8bit_adam_is_one_optimizer(train, settings, monkeypatch):
     """Catches a flag that does nothing, and two settings of the optimizer of which one wins silently."""
     given = []
-    monkeypatch.setattr(train, "resolve_paths", lambda cfg, *more: given.append(cfg.optimizer) or 1 / 0)
+    monkeypatch.setattr(train.launch, "set_up", lambda cfg, *more: given.append(cfg.tuning.optimizer) or 1 / 0)
     for flags in ([], ["--use_8bit_adam"], ["--use_8bit_adam", "--optimizer", "adamw_8bit"]):
         with pytest.raises(ZeroDivisionError):
             train.main(["--train_data_dir", "/", *flags])
     assert given == ["adamw", "adamw_8bit", "adamw_8bit"]
     with pytest.raises(ValueError, match="use_8bit_adam means --optimizer adamw_8bit, got --optimizer adafactor too"):
-        train.Config(train_data_dir="/", use_8bit_adam=True, optimizer="adafactor")
+        settings(use_8bit_adam=True, optimizer="adafactor")
 
 
 @pytest.mark.parametrize(
@@ -361,26 +371,36 @@ def test_8bit_adam_is_one_optimizer(train, monkeypatch):
         (dict(random_hw_adapt=True, image_sample_size=496), "random_hw_adapt draws sizes from 512.*which is 496"),
         (dict(lora_rank=4, trainable_modules=("attn",)), "lora_rank 4 trains adapters alone, got trainable_modules"),
         (dict(vae_mini_batch=0), "vae_mini_batch must be at least 1, got 0"),
-        (dict(mixed_precision="fp16"), "mixed_precision fp16 is for adapters"),
+        (dict(lora_rank=-1), "lora_rank must be at least 0, got -1"),
+        (dict(validation_epochs=-1), "validation_epochs must be at least 0, got -1"),
         (dict(caption_dropout=1.5), "caption_dropout is a share between 0 and 1, got 1.5"),
     ],
 )  # fmt: skip
-def test_settings_that_contradict_are_refused(train, values, sentence):
+def test_settings_that_contradict_are_refused(train, settings, values, sentence):
     """Catches a contradiction that one of two settings wins silently."""
     with pytest.raises(ValueError, match=sentence):
-        train.Config(train_data_dir="/", **values)
+        settings(**values)
     with pytest.raises(ValueError, match="train_data_dir is not set"):
-        train.Config()
+        parse_recipe(train.Config, [])
+
+
+def test_half_precision_with_a_loss_scale_is_for_adapters(settings, capfd):
+    """Catches fp16, which this model's activations overflow, that is taken."""
+    with pytest.raises(SystemExit):
+        settings(mixed_precision="fp16")
+    said = capfd.readouterr().err
+    assert "mixed_precision" in said and "fp16" in said and "bf16" in said
 
 
 # ---- sizes of targets
 
 
 @pytest.mark.parametrize(("side", "multiple"), [(640, 16), (1328, 16), (640, 128)])
-def test_random_hw_adapt_draws_one_size_a_step(train, edits, side, multiple):
+def test_random_hw_adapt_draws_one_size_a_step(settings, edits, side, multiple):
     """Catches sizes under 512 or over image_sample_size, another one for each sample or process of a step, the same
     one for every step, and an aspect that is lost."""
-    cfg = train.Config(train_data_dir="/", image_sample_size=side, random_hw_adapt=True, seed=3)
+    values = dict(image_sample_size=side, random_hw_adapt=True, seed=3)
+    cfg = settings(**values)
     square, wide = (edits.target_size(cfg, size, multiple) for size in ((100, 100), (200, 100)))
     largest = side // multiple * multiple
     seen = set()
@@ -395,24 +415,25 @@ def test_random_hw_adapt_draws_one_size_a_step(train, edits, side, multiple):
             assert (wide_width * wide_height) ** 0.5 == pytest.approx(width, rel=0.06), "the same area"
         seen.add(width)
     assert min(seen) == 512 and max(seen) == largest and len(seen) == (largest - 512) // multiple + 1
-    other = dataclasses.replace(cfg, seed=4)
+    other = settings(**{**values, "seed": 4})
     assert len(seen) == 1 or any(
         edits.size_at(cfg, square, step, multiple) != edits.size_at(other, square, step, multiple)
         for step in range(50)
     )
-    still = dataclasses.replace(cfg, random_hw_adapt=False)
+    still = settings(**{**values, "random_hw_adapt": False})
     assert {edits.size_at(still, wide, step, multiple) for step in range(9)} == {wide}
 
 
-def test_random_hw_adapt_is_encoded_beforehand(train, edits):
+def test_random_hw_adapt_is_encoded_beforehand(settings, edits):
     """Catches a size that a later step needs and that was not encoded."""
-    cfg = train.Config(train_data_dir="/", image_sample_size=640, random_hw_adapt=True, max_train_steps=12)
+    cfg = settings(image_sample_size=640, random_hw_adapt=True)
     records = [Record(n, f"{n}.png", "a", ("s.png",), digest="0" * 8, source_sizes=((9, 9),)) for n in range(10)]
     buckets = [edits.target_size(cfg, (2, 1) if n % 2 else (1, 1), 16) for n in range(10)]
     rows = edits.Rows(records, buckets, [1] * 10, 16)
-    views = rows.views(cfg, MicroBatchSampler(buckets, 1, 2, 0, 2, cfg.seed, shape_ids=rows.source_shapes()))
+    sampler = MicroBatchSampler(buckets, 1, 2, 0, 2, cfg.run.seed, shape_ids=rows.source_shapes())
+    views = rows.views(cfg, sampler, max_train_steps=12)
     for rank in range(2):
-        sampler = MicroBatchSampler(buckets, 1, 2, rank, 2, cfg.seed, shape_ids=rows.source_shapes())
+        sampler = MicroBatchSampler(buckets, 1, 2, rank, 2, cfg.run.seed, shape_ids=rows.source_shapes())
         steps = {}
         for (place,) in itertools.islice(sampler, 24):
             view = rows.view(cfg, place.sample, place.step, place.epoch)
@@ -421,14 +442,13 @@ def test_random_hw_adapt_is_encoded_beforehand(train, edits):
     assert len(views) < 12 * 10
 
 
-def test_enable_bucket_trains_whole_pictures(train, edits):
+def test_enable_bucket_trains_whole_pictures(settings, edits):
     """Catches a picture that is cut where it is to be whole, or squeezed where its centre is to be cut out."""
     image = plain((400, 200), "white")
     for corner in ((0, 0), (380, 0), (0, 180), (380, 180)):
         image.paste(RED, (*corner, corner[0] + 20, corner[1] + 20))
     image.paste(BLUE, (100, 0, 300, 200))  # the square in its centre
-    whole = train.Config(train_data_dir="/", image_sample_size=512)
-    cut = dataclasses.replace(whole, enable_bucket=False)
+    whole, cut = (settings(image_sample_size=512, enable_bucket=bucket) for bucket in (True, False))
     size = edits.target_size(whole, image.size, 16)
     assert size == (736, 352) and edits.target_size(whole, (200, 400), 16) == (352, 736)
     fitted = edits.fit_target(whole, image, size)
@@ -441,9 +461,9 @@ def test_enable_bucket_trains_whole_pictures(train, edits):
     assert all(fitted.getpixel((x, y)) == pytest.approx(BLUE, abs=10) for x in (3, 508) for y in (3, 508))
 
 
-def test_a_target_lies_on_its_source(train, edits):
+def test_a_target_lies_on_its_source(settings, edits):
     """Catches a target of its source's aspect that is given another one: at 1024 both are the same size."""
-    cfg = train.Config(train_data_dir="/", image_sample_size=1024)
+    cfg = settings(image_sample_size=1024)
     for size in ((640, 320), (320, 640), (512, 512), (3000, 2001), (7, 5)):
         assert edits.target_size(cfg, size, 16) == edits.source_size(size)
 
@@ -466,12 +486,12 @@ def six_edits(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_vae_mini_batch_changes_nothing(train, encoding, fine_folder, six_edits, tmp_path, monkeypatch):
+def test_vae_mini_batch_changes_nothing(
+    settings, encoding, load_rows, process, fine_folder, six_edits, tmp_path, monkeypatch
+):
     """Catches pictures of a batch that are mixed up or given to the wrong row, batches of unequal sizes, and a source
     that several rows share and that is encoded for each of them."""
-    batches, entries = {}, {}
-    here = dict(device=torch.device("cpu"), rank=0, world_size=1, is_main=True, barrier=lambda: None)
-    run = SimpleNamespace(**here, progress=lambda items, title: items)
+    batches, entries, run = {}, {}, process()
     latents = encoding.Encoders.latents
 
     def spying(encoders, pixels: list[Tensor], moments: bool) -> list[dict[str, Tensor]]:
@@ -482,12 +502,13 @@ def test_vae_mini_batch_changes_nothing(train, encoding, fine_folder, six_edits,
     for mini_batch in (1, 4):
         batches[mini_batch] = []
         rows = json.loads((six_edits / "train.json").read_text())
-        cfg = config_of(train, six_edits, rows, vae_mini_batch=mini_batch, cache_dir=str(tmp_path / str(mini_batch)))
-        cfg.caption_dropout = 0.0
-        cache = train.open_cache(cfg, run, fine_folder)
-        loaded, _ = train.load_rows(cfg, 32, set())
+        more = dict(vae_mini_batch=mini_batch, cache_dir=tmp_path / str(mini_batch), caption_dropout=0)
+        cfg = config_of(settings, six_edits, rows, **more)
+        cache = encoding.open_cache(cfg, run, fine_folder)
+        loaded, _ = load_rows(cfg)
         views = [loaded.view(cfg, n, 0, 0) for n in range(6)]
-        train.encode(cfg, run, fine_folder, cache, train.what_to_encode(cfg, cache, [(loaded, set(views))], []))
+        wanted = encoding.what_to_encode(cfg, cache, [(loaded, set(views))], [])
+        encode_missing(run, cache, wanted, partial(encoding.encode, cfg, run, fine_folder, cache))
         entries[mini_batch] = [
             encoding.load_view(cache, record, view, False) for record, view in zip(loaded.records, views)
         ]
@@ -525,17 +546,18 @@ def sigmas_of_step(train, cfg, step: int, world_size: int, samples: int = 16) ->
     recorder, config = Recorder(), dict(num_attention_heads=2, attention_head_dim=32, num_layers=1)
     config |= dict(in_channels=64, joint_attention_dim=64)
     scheduler = dict(base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9)
-    models = train.Models(recorder, config, scheduler, torch.float32)
+    models = train.Models(recorder, config, scheduler, torch.device("cpu"), torch.float32)
+    batch, seed = cfg.batch, cfg.run.seed
     for rank in range(world_size):
         sampler = MicroBatchSampler(
-            [(0, 0)] * samples, cfg.train_batch_size, cfg.gradient_accumulation_steps, rank, world_size, cfg.seed
+            [(0, 0)] * samples, batch.train_batch_size, batch.gradient_accumulation_steps, rank, world_size, seed
         )
-        for places in micro_batches_of(sampler, step, cfg.gradient_accumulation_steps):
+        for places in micro_batches_of(sampler, step, batch.gradient_accumulation_steps):
             sample = dict(latents=torch.zeros(16, 1, 4, 4), source_0=torch.zeros(16, 1, 4, 4))
             sample |= dict(prompt_embeds=torch.zeros(3, 64))
             made = [{**sample, "step": p.step, "position": p.position, "group_size": len(p.group)} for p in places]
             with torch.no_grad():
-                train.compute_loss(models, train.collate(made), cfg)
+                train.compute_loss(models, collate(made), cfg)
     shift = np.exp(0.5 + 0.4 * (4 - 256) / (8192 - 256))
     return [t / (shift - (shift - 1) * t) for t in recorder.timesteps]
 
@@ -545,13 +567,11 @@ def micro_batches_of(sampler: MicroBatchSampler, step: int, accumulation: int) -
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-def test_uniform_sampling_gives_each_sample_its_stratum(train, batch_size, accumulation, world_size):
+def test_uniform_sampling_gives_each_sample_its_stratum(train, settings, batch_size, accumulation, world_size):
     """Catches strata over a micro-batch or a process alone, a stratum that comes twice, and an order that is the same
     in every step."""
-    cfg = train.Config(
-        train_data_dir="/", uniform_sampling=True, train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation, seed=2,
-    )  # fmt: skip
+    sizes = dict(train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    cfg = settings(uniform_sampling=True, seed=2, **sizes)
     orders, within = [], []
     for step in range(4):
         sigmas = sigmas_of_step(train, cfg, step, world_size)
@@ -562,9 +582,9 @@ def test_uniform_sampling_gives_each_sample_its_stratum(train, batch_size, accum
     assert len(set(orders)) == 4 and max(within) - min(within) > 0.7
 
 
-def test_without_uniform_sampling_sigmas_are_drawn_one_by_one(train):
+def test_without_uniform_sampling_sigmas_are_drawn_one_by_one(train, settings):
     """Catches strata that nobody asked for."""
-    cfg = train.Config(train_data_dir="/", train_batch_size=8, timestep_sampling="uniform", seed=2)
+    cfg = settings(train_batch_size=8, timestep_sampling="uniform", seed=2)
     assert any(
         sorted(int(8 * sigma) for sigma in sigmas_of_step(train, cfg, step, 1)) != list(range(8)) for step in range(4)
     )

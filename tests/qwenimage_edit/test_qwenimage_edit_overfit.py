@@ -33,7 +33,7 @@ SOURCES = [Image.new("RGB", (64, 64), "orange"), Image.new("RGB", (256, 64), "na
 
 
 @pytest.fixture(scope="module", params=["plus-instructions", "plus-sources", "edit-instructions", "edit-sources"])
-def trained(request, train, encoding, model_folder) -> SimpleNamespace:
+def trained(request, train, settings, encoding, model_folder) -> SimpleNamespace:
     """The pipeline with the overfitted transformer, what it is to be asked for, and each target's normalised latents,
     encoded by diffusers' own means."""
     mode, told_by = request.param.split("-")
@@ -46,18 +46,14 @@ def trained(request, train, encoding, model_folder) -> SimpleNamespace:
     pipeline_class = QwenImageEditPlusPipeline if mode == "plus" else QwenImageEditPipeline
     pipeline = pipeline_class.from_pretrained(model_folder, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    cfg = train.Config(
-        train_data_dir="unused",
-        caption_dropout=0.0,
-        uniform_sampling=True,
-        mixed_precision="no",
-        train_mode="qwen_image_edit_plus" if mode == "plus" else "qwen_image_edit",
-    )
-    encoders = encoding.Encoders(cfg, model_folder, torch.device("cpu"))
+    train_mode = "qwen_image_edit_plus" if mode == "plus" else "qwen_image_edit"
+    cfg = settings(caption_dropout=0, uniform_sampling=True, mixed_precision="no", train_mode=train_mode)
+    encoders = encoding.Encoders(cfg, model_folder, torch.device("cpu"), torch.float32)
     models = train.Models(
         transformer=transformer,
-        transformer_config=json.loads(transformer.to_json_string()),
+        config=json.loads(transformer.to_json_string()),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
+        device=torch.device("cpu"),
         dtype=torch.float32,
     )
     asked, samples, expected = [], [], []
@@ -79,7 +75,7 @@ def trained(request, train, encoding, model_folder) -> SimpleNamespace:
         for which in (0, 1):  # sources of different sizes do not share a micro-batch
             positions = range(which * BATCH // 2, (which + 1) * BATCH // 2)
             rows = [{**samples[which], "step": step, "position": at, "group_size": BATCH} for at in positions]
-            loss, _ = train.compute_loss(models, train.collate(rows), cfg)
+            loss, _ = train.compute_loss(models, train.loader.collate(rows), cfg)
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()

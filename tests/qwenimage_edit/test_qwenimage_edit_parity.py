@@ -3,6 +3,7 @@ same names, shapes, dtypes, values, from the manifest on."""
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,17 @@ from diffusers import (
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data import Place
-from common.flow_matching import draw_normal, draw_uniform, sample_rngs, sample_sigmas, shift_sigmas, velocity_target
+from common.data.cache import encode_missing
+from common.data.loader import collate
+from common.data.order import Place
+from common.step.flow_matching import (
+    draw_normal,
+    draw_uniform,
+    sample_rngs,
+    sample_sigmas,
+    shift_sigmas,
+    velocity_target,
+)
 
 WIDTH, HEIGHT = 128, 64  # of targets; not square: a swap of the two fails
 SIDE = 32  # pixels of a token of the fine model
@@ -84,14 +94,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def this_process() -> SimpleNamespace:
-    """What the recipe's encode needs of a Run."""
-    plain = dict(device=torch.device("cpu"), rank=0, world_size=1, is_main=True, barrier=lambda: None)
-    return SimpleNamespace(**plain, progress=lambda items, title: items)
-
-
-@pytest.fixture(scope="module")
-def world_of(train, encoding, make_tiny, write_model, fine_folder, folder, this_process, tmp_path_factory):
+def world_of(train, settings, make_tiny, write_model, fine_folder, folder, process, tmp_path_factory):
     """world_of(kind): the rows as the recipe's data set gives them, its models, and the unmodified pipeline with a spy
     on the transformer that both use. Made when first asked for."""
     made: dict[str, SimpleNamespace] = {}
@@ -100,10 +103,11 @@ def world_of(train, encoding, make_tiny, write_model, fine_folder, folder, this_
         pipeline_class, more, precision = KINDS[kind]
         model = write_model(4, heads=2, num_layers=1, **more) if more else fine_folder
         mode = "qwen_image_edit_plus" if pipeline_class is QwenImageEditPlusPipeline else "qwen_image_edit"
-        cfg = train.Config(
-            train_data_dir=str(folder),
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        cfg = settings(
+            train_data_dir=folder,
             train_data_meta=f"{'plus' if 'plus' in kind else 'edit'}.json",
-            output_dir=str(tmp_path_factory.mktemp(kind)),
+            output_dir=tmp_path_factory.mktemp(kind),
             train_mode=mode,
             image_sample_size=96,
             num_validation_samples=0,
@@ -111,27 +115,27 @@ def world_of(train, encoding, make_tiny, write_model, fine_folder, folder, this_
             caption_dropout=0.25,
             seed=5,
         )
-        cache = train.open_cache(cfg, this_process, model)
-        rows, _ = train.load_rows(cfg, train.token_side(cfg, model), set())
-        views = {rows.view(cfg, row, 0, 0) for row in range(len(rows.records))}
-        wanted = train.what_to_encode(cfg, cache, [(rows, views)], [])
-        train.encode(cfg, this_process, model, cache, wanted)
+        run = process(dtype)
+        cache = train.encoding.open_cache(cfg, run, model)
+        rows, _ = train.edits.load_rows(cfg, run, train.token_side(cfg, model), set())
+        wanted = train.encoding.what_to_encode(cfg, cache, [(rows, set(rows.first_views(cfg)))], [])
+        encode_missing(run, cache, wanted, partial(train.encoding.encode, cfg, run, model, cache))
         # a schedule without shift and stretch, so that the pipeline can be told which sigma to use
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model / "scheduler", use_dynamic_shifting=False, shift_terminal=None, shift=1.0
         )
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         pipeline = pipeline_class.from_pretrained(model, scheduler=scheduler, dtype=dtype)
         make_tiny.convolve_single_frames(pipeline.vae)
         pipeline.set_progress_bar_config(disable=True)
         spy = Spy(pipeline.transformer)
         models = train.Models(
             transformer=pipeline.transformer,
-            transformer_config=dict(pipeline.transformer.config),
+            config=dict(pipeline.transformer.config),
             scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler"),
+            device=run.device,
             dtype=dtype,
         )
-        dataset = train.EncodedEdits(cfg, rows, cache)
+        dataset = train.encoding.EncodedEdits(cfg, rows, cache)
         return SimpleNamespace(
             train=train, cfg=cfg, rows=rows, dataset=dataset, pipeline=pipeline, spy=spy, models=models, dtype=dtype
         )
@@ -152,17 +156,17 @@ def batch(world: SimpleNamespace, numbers: list[int], positions: list[int] | Non
     """A micro-batch of step 3 as the loader makes it. Positions: places in the step at which no caption is dropped."""
     positions = positions or kept_positions(world)[: len(numbers)]
     places = [Place(n, STEP, position, tuple(range(40))) for n, position in zip(numbers, positions, strict=True)]
-    return world.train.collate([world.dataset[place] for place in places])
+    return collate([world.dataset[place] for place in places])
 
 
 def kept_positions(world: SimpleNamespace) -> list[int]:
     """Of 40 places in step 3, those whose caption stays."""
-    return [p for p in range(40) if drawn(world, [p])[1].item() >= world.cfg.caption_dropout]
+    return [p for p in range(40) if drawn(world, [p])[1].item() >= world.cfg.pictures.caption_dropout]
 
 
 def drawn(world: SimpleNamespace, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(uniform numbers of sigma and of dropout, each (B,), noise (B, 16, 1, 4, 8)) of step 3."""
-    rngs = sample_rngs(world.cfg.seed, STEP, positions)
+    rngs = sample_rngs(world.cfg.run.seed, STEP, positions)
     return draw_uniform(rngs), draw_uniform(rngs), draw_normal(rngs, (16, 1, 2 * HEIGHT // SIDE, 2 * WIDTH // SIDE))
 
 
@@ -354,7 +358,7 @@ def test_a_dropped_caption_keeps_its_sources(world_of, folder, kind):
 
 def test_moments_give_the_posterior(encoding, world, fine_folder):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
-    encoders = encoding.Encoders(world.cfg, fine_folder, torch.device("cpu"))
+    encoders = encoding.Encoders(world.cfg, fine_folder, torch.device("cpu"), torch.float32)
     pixels = encoding.image_to_tensor(target(0))
     (kept,) = encoders.latents([pixels], moments=True)
     with torch.no_grad():
@@ -399,5 +403,5 @@ def test_flops_of_a_batch_count_its_sources(world):
     with torch.no_grad():
         _, metrics = world.train.compute_loss(world.models, made, world.cfg)
     tokens = TOKENS + sum(made[f"source_{which}"][0, 0].numel() // 4 for which in range(2))
-    expected = world.train.forward_flops(world.models.transformer_config, tokens, len(made["prompt_embeds"][0]))
+    expected = world.train.forward_flops(world.models.config, tokens, len(made["prompt_embeds"][0]))
     assert metrics["forward_flops"] == expected and tokens > 2000

