@@ -1,9 +1,7 @@
 """The settings that recipes share, with their help and their own rules, declared once, in groups.
 
-A recipe's Config has the groups that it needs as fields of type Flat[...], beside fields of its own. Flags, YAML files
-and the saved config.yaml stay flat: --learning_rate, not --optim.learning_rate. A group's rules are its `check`, which
-start/config.py calls when the last flag has won. Where a default differs by model, the recipe gives its own to the
-group.
+A recipe's Config has the groups that it needs as fields of type Flat[...], so that flags and YAML files stay flat. A
+group's rules are its `check`, which start/config.py calls when the last flag has won.
 """
 
 from dataclasses import dataclass
@@ -44,10 +42,12 @@ class Run:
     """project name at the tracker; the recipe folder's name when empty"""
     benchmark: bool = False
     """random weights and inputs of the full size: print throughput, MFU and memory, and stop"""
+    memory_limit_gib: float = 0.0
+    """cap on the GPU memory that torch may take, to try what a smaller card holds; 0 takes all"""
 
     def check(self) -> None:
         at_least(self, 1, "logging_steps")
-        at_least(self, 0, "seed", "checkpointing_steps", "checkpoints_total_limit")
+        at_least(self, 0, "seed", "checkpointing_steps", "checkpoints_total_limit", "memory_limit_gib")
 
 
 @dataclass
@@ -76,8 +76,7 @@ class Pictures:
     text_column: str | None = None
     """column of the captions; text, caption or prompt when not given"""
     cache_dir: str | None = None
-    """where encoded latents and prompts are kept, for several runs if wanted; <output_dir>/embedding_cache if not
-    given"""
+    """where encoded latents and prompts are kept, also for several runs; <output_dir>/embedding_cache if not given"""
     caption_dropout: float = 0.1
     """share of samples trained with the encoded empty caption, for classifier-free guidance"""
 
@@ -121,9 +120,7 @@ class Batch:
 
     def steps_for(self, rows: int, world_size: int) -> int:
         """max_train_steps, or what num_train_epochs passes over so many rows take."""
-        if not self.num_train_epochs:
-            return self.max_train_steps
-        return -(-self.num_train_epochs * rows // self.samples_a_step(world_size))
+        return -(-self.num_train_epochs * rows // self.samples_a_step(world_size)) or self.max_train_steps
 
     def samples_a_step(self, world_size: int) -> int:
         return self.train_batch_size * self.gradient_accumulation_steps * world_size
@@ -186,7 +183,7 @@ class FullTuning:
     """How a transformer's own weights train, and what becomes of them."""
 
     transformer_path: str | None = None
-    """another folder of transformer weights to start from, for example export/transformer of an earlier run"""
+    """another folder of weights to start from, for example export/transformer of an earlier run"""
     optimizer: Optimizer = "adamw"
     """see common/step/optimizers.py for memory and where each may run"""
     gradient_release: bool = False
@@ -195,12 +192,17 @@ class FullTuning:
     """decay (0.999 for example) of averaged weights for validation and export, 4 bytes a parameter; 0 keeps none"""
     nvme_path: str | None = None
     """fast disk for LAUNCH=zero3_nvme; <output_dir>/nvme when not given"""
+    stream_blocks: int = 0
+    """blocks that live in pinned main memory and visit the GPU one after the other; -1 is all of them"""
+    offload_activations: bool = False
+    """keep the inputs of checkpointed and of streamed blocks in pinned main memory until their backward"""
     export_model: bool = True
     """write the trained weights to export/ at the end"""
 
     def check(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is a share from 0 to under 1, got {self.ema_decay}; use 0.999, say, or 0")
+        at_least(self, -1, "stream_blocks")
 
 
 @dataclass
@@ -209,11 +211,12 @@ class AdapterTuning:
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """see common/step/optimizers.py for memory and where each may run"""
-
     # of full tuning alone
     gradient_release: ClassVar[bool] = False
     ema_decay: ClassVar[float] = 0.0
     nvme_path: ClassVar[str | None] = None
+    stream_blocks: ClassVar[int] = 0
+    offload_activations: ClassVar[bool] = False
     export_model: ClassVar[bool] = True
 
 
@@ -272,8 +275,8 @@ class Prompts:
     """What validation draws."""
 
     validation_prompts: tuple[str, ...] = ()
-    """prompts to draw, or one .txt, .json or .parquet file of prompts (column text or prompt); when not given, those
-    of train_data_dir (validation_prompts.txt; of edits validation.json), or else four held-out rows"""
+    """what to draw, or one .txt, .json or .parquet file of it (column text or prompt); when not given, the data's own
+    validation_prompts.txt (of edits validation.json), or four held-out rows"""
 
 
 class Shared(Protocol):

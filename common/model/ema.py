@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.model.sharding import local_tensor
+from common.model.streaming import at_home
 
 
 class Ema:
@@ -21,21 +22,24 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.shadow = [local_tensor(p).detach().float().clone() for p in self.parameters]
+        with at_home(model):
+            self.shadow = [local_tensor(p).detach().float().clone() for p in self.parameters]
         self.chunks = list(_chunks([tensor.numel() for tensor in self.shadow]))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Call once after each optimizer step; the decay warms up as (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for chunk in self.chunks:
-            weights = [local_tensor(p).detach().float() for p in self.parameters[chunk]]
-            torch._foreach_lerp_(self.shadow[chunk], weights, 1 - decay)
+        with at_home(self.model):
+            for chunk in self.chunks:
+                weights = [local_tensor(p).detach().float() for p in self.parameters[chunk]]
+                torch._foreach_lerp_(self.shadow[chunk], weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the block the model holds the averaged weights; afterwards the trained ones are back, bit for bit."""
-        trained = [local_tensor(p).detach().clone() for p in self.parameters]
+        with at_home(self.model):
+            trained = [local_tensor(p).detach().clone() for p in self.parameters]
         self._copy_in(self.shadow)
         try:
             yield
@@ -44,7 +48,8 @@ class Ema:
 
     @torch.no_grad()
     def _copy_in(self, tensors: list[Tensor]) -> None:
-        torch._foreach_copy_([local_tensor(p) for p in self.parameters], tensors)
+        with at_home(self.model):
+            torch._foreach_copy_([local_tensor(p) for p in self.parameters], tensors)
         persistent = [parameter for parameter in self.parameters if getattr(parameter, "ds_persist", False)]
         if persistent:  # small ones that ZeRO-3 keeps whole beside their partitions
             persistent[0].partition(persistent)

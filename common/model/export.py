@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.model.ema import Ema, evaluating
 from common.model.sharding import full_tensor
+from common.model.streaming import at_home
 from common.processes import Run
 
 SHARD_BYTES = 5 * 10**9  # largest file written; also what a save needs of RAM
@@ -44,7 +45,8 @@ def export_weights(
     weights = (
         (name, tensor.to("cpu", torch.bfloat16) if run.is_main else None) for name, tensor in full_weights(module)
     )
-    write_shards(weights, sizes, partial, max_shard_bytes, write=run.is_main)
+    with at_home(module):
+        write_shards(weights, sizes, partial, max_shard_bytes, write=run.is_main)
     run.barrier()
     if run.is_main:
         for name, text in files.items():

@@ -6,15 +6,20 @@ filled from safetensors, reading only the bytes that it keeps.
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from common.model.activations import Activations
 from common.model.sharding import shard
+from common.model.streaming import stream, streamers
 from common.processes import Run
 from common.settings import Shared
 
@@ -36,24 +41,52 @@ def load_model(
     read: Reader | None = None,
     frozen_dtype: torch.dtype | None = None,
 ) -> Model:
-    """Fill an empty model shard by shard in the dtype that it trains in: checkpointed, compiled, sharded.
+    """Fill an empty model shard by shard in the dtype that it trains in: checkpointed, compiled, sharded, streamed.
 
     read: where not simply the tensors of the weights folder; frozen_dtype: of parameters that do not train, where it
     is another.
     """
     read = read or weights_reader(run, weights, set(model.state_dict()), cfg.run.seed)
-    if cfg.speed.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     if cfg.speed.compile:
         torch._dynamo.config.recompile_limit = 64  # training and validation, sizes and masks: each is a variant
         model.compile_repeated_blocks()
     model = shard(run, model).train()
+    if cfg.tuning.stream_blocks:
+        streamer = stream(model, cfg.tuning.stream_blocks, run.device, run.weights_dtype, frozen_dtype)
+        with streamer.at_home():
+            fill(model, read, set(chain(*streamer.parameters)))
+    checkpoint_blocks(run, cfg, model)
     if run.strategy == "zero3":
         ds_config = run.accelerator.state.deepspeed_plugin.deepspeed_config
         load_weights_zero3(model, read, run.weights_dtype, run.device, ds_config)
     else:
         load_weights(model, read, run.weights_dtype, weights_device(run), frozen_dtype)
     return model
+
+
+def checkpoint_blocks(run: Run, cfg: Shared, model: nn.Module) -> None:
+    """What a block's activations become: kept, recomputed, and the inputs of recomputed ones on the GPU or in main
+    memory."""
+    if not (cfg.speed.gradient_checkpointing or cfg.tuning.stream_blocks):
+        return
+    function = partial(checkpoint, use_reentrant=False) if cfg.speed.gradient_checkpointing else call_plainly
+    if model in streamers:
+        function = streamers[model].checkpointed(function)
+    if cfg.tuning.offload_activations:
+        function = Activations(run.device).offloading(function)
+    model.enable_gradient_checkpointing(function)
+
+
+def call_plainly(module: nn.Module, *args: Any) -> Any:
+    return module(*args)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, read: Reader, wanted: set[nn.Parameter]) -> None:
+    """Copy weights into parameters that have memory already, one at a time."""
+    for name, parameter in model.named_parameters():
+        if parameter in wanted:
+            parameter.copy_(read(name, tuple(parameter.shape), slice(None)))
 
 
 def config_of(model: Model) -> dict:

@@ -15,6 +15,7 @@ from common.data.order import MicroBatchSampler
 from common.model.ema import Ema
 from common.model.export import SHARD_BYTES, write_shards
 from common.model.loading import safetensors_reader
+from common.model.streaming import at_home
 from common.processes import Run
 from common.record import nvme
 from common.record.folder import STATE_FILE, list_checkpoints, read_state
@@ -121,11 +122,12 @@ def save_checkpoint(
     elif run.strategy == "fsdp2":
         _save_fsdp2(run, partial, model, optimizer)
     elif run.is_main:
-        weights = trained_state(run.unwrap(model))
-        (partial / "model").mkdir()
-        sizes = {name: tensor.nbytes for name, tensor in weights.items()}
-        write_shards(iter(weights.items()), sizes, partial / "model", SHARD_BYTES)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        with at_home(run.unwrap(model)):
+            weights = trained_state(run.unwrap(model))
+            (partial / "model").mkdir()
+            sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+            write_shards(iter(weights.items()), sizes, partial / "model", SHARD_BYTES)
+            torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     if run.is_main and run.accelerator.scaler is not None:
         torch.save(run.accelerator.scaler.state_dict(), partial / "scaler.pt")
     if ema is not None and (run.sharded or run.is_main):
@@ -176,8 +178,10 @@ def load_checkpoint(
     elif run.strategy == "fsdp2":
         _load_fsdp2(run, folder, model, optimizer)
     else:
-        _load_replicated(run.unwrap(model), folder / "model")
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False))
+        with at_home(run.unwrap(model)):
+            _load_replicated(run.unwrap(model), folder / "model")
+            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False, mmap=True)
+            optimizer.load_state_dict(saved)
     if run.accelerator.scaler is not None and (folder / "scaler.pt").is_file():
         run.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt"))
     if ema is not None:

@@ -1,6 +1,5 @@
 """One parser for a recipe's settings: a YAML file becomes flags before the command line's, and the last value wins."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from common import rules
 from common.settings import Shared
 
 ConfigClass = TypeVar("ConfigClass")
-GROUPS_AND_CONSTANTS = ("settings.Flat", "ClassVar")
 
 
 def yaml_to_flags(path: str | Path) -> list[str]:
@@ -90,30 +88,3 @@ def check(cfg: Shared) -> None:
         )
     if isinstance(own, rules.HasRules):
         own.check()
-
-
-def config_table(config_class: type) -> str:
-    """A Markdown table of every setting (name, default, help), for the recipe's README; a test keeps the two equal."""
-    rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for group in rules.groups(config_class()):
-        helps = field_helps(type(group))
-        names = [field.name for field in dataclasses.fields(group) if field.name in helps]
-        rows += [f"| `--{name}` | `{getattr(group, name)}` | {helps[name]} |" for name in names]
-    return "\n".join(rows)
-
-
-def field_helps(config_class: type) -> dict[str, str]:
-    """Each setting's docstring on one line (read from the source with ast), groups left out; an assertion fails where
-    there is none."""
-    import ast
-    import inspect
-    import textwrap
-
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
-    helps = {}
-    for node, following in zip(body, body[1:] + [None], strict=True):
-        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith(GROUPS_AND_CONSTANTS):
-            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            assert is_doc, f"{config_class.__name__}.{node.target.id} has no docstring under it"
-            helps[node.target.id] = " ".join(str(following.value.value).split())
-    return helps

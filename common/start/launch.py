@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from common.model.streaming import bind
 from common.processes import Run, on_main, stop
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
@@ -41,6 +42,9 @@ def set_up(
     """
     resolve_paths(cfg, recipe_dir, argv)
     _handle_signals()
+    if cfg.run.memory_limit_gib and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.run.memory_limit_gib / total))
     fsdp, uses_deepspeed = _read_launch_file(recipe_dir)
     world_size = _start_process_group(bool(fsdp) or uses_deepspeed)
     _share_global_batch(cfg, world_size)
@@ -169,6 +173,11 @@ def _refuse(cfg: Shared, strategy: str, offload: str, world_size: int) -> None:
     check_optimizer(cfg, strategy, offload != "none", world_size)
     if cfg.tuning.ema_decay and offload == "nvme":
         raise ValueError("ema_decay is not possible under zero3_nvme (weights lie on the disk); use --ema_decay 0")
+    tuning = cfg.tuning
+    if tuning.stream_blocks and strategy != "single":
+        raise ValueError(f"stream_blocks is for one process, got LAUNCH={cfg.run.launch}; use LAUNCH=single")
+    if tuning.offload_activations and not (cfg.speed.gradient_checkpointing or tuning.stream_blocks):
+        raise ValueError("offload_activations keeps the inputs of recomputed blocks; add --gradient_checkpointing")
     if strategy.startswith("zero") and cfg.precision.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not set up for DeepSpeed here; use bf16 or no, or LAUNCH=ddp")
 
@@ -191,6 +200,7 @@ def prepare(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
     its hooks."""
+    bind(model, optimizer)
     if gradient_release:
         run.release = GradientRelease(optimizer)
     if run.strategy == "fsdp2":
