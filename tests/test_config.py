@@ -10,10 +10,11 @@ from typing import Literal
 
 import pytest
 from helpers import ROOT
+from update_readme import config_table, field_helps
 
 from common import rules, settings
 from common.record.folder import save_config
-from common.start.config import config_table, field_helps, parse_config, parse_recipe, yaml_to_flags
+from common.start.config import parse_config, parse_recipe, yaml_to_flags
 
 
 @dataclass

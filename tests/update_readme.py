@@ -1,6 +1,11 @@
 """Rewrites the table of settings in every recipe's README.md from its Config: `python tests/update_readme.py`."""
 
+import ast
+import dataclasses
+import inspect
 import re
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 from helpers import RECIPES, ROOT, load_script
@@ -8,10 +13,32 @@ from helpers import RECIPES, ROOT, load_script
 MARKERS = ("<!-- config table -->", "<!-- end config table -->")
 
 
+def config_table(config_class: type) -> str:
+    """A Markdown table of every setting: name, default, help."""
+    from common import rules
+
+    rows = ["| flag | default | what it does |", "|---|---|---|"]
+    for group in rules.groups(config_class()):
+        helps = field_helps(type(group))
+        names = [field.name for field in dataclasses.fields(group) if field.name in helps]
+        rows += [f"| `--{name}` | `{getattr(group, name)}` | {helps[name]} |" for name in names]
+    return "\n".join(rows)
+
+
+def field_helps(config_class: type) -> dict[str, str]:
+    """Each setting's docstring on one line, groups and constants left out; an assertion fails where there is none."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    helps = {}
+    for node, following in pairwise([*body, None]):
+        if isinstance(node, ast.AnnAssign) and not re.match(r"settings\.Flat|ClassVar", ast.unparse(node.annotation)):
+            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert is_doc, f"{config_class.__name__}.{node.target.id} has no docstring under it"
+            helps[node.target.id] = " ".join(str(following.value.value).split())
+    return helps
+
+
 def with_table(recipe: Path) -> str:
     """The recipe's README.md with its table of settings as it should be. AssertionError where the markers are not."""
-    from common.start.config import config_table
-
     text = (recipe / "README.md").read_text()
     pattern = re.compile(rf"({re.escape(MARKERS[0])}\n).*?({re.escape(MARKERS[1])})", re.DOTALL)
     assert len(pattern.findall(text)) == 1, (
