@@ -1,55 +1,144 @@
-"""Recipes are copies: what keeps them, their settings, launch files and documents from drifting apart."""
+"""Recipes are copies: what keeps those of README.md's table, their settings, launch files and documents from drifting
+apart, and common/ from growing into a knot. A person's own copy beside them is left alone."""
 
 import ast
+import graphlib
+import importlib.util
 import itertools
 import json
 import re
 import shlex
-import shutil
+import typing
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import RECIPES, ROOT, between, load_script, read_rows, run_command, tracked_files
+from helpers import (
+    RECIPES,
+    ROOT,
+    between,
+    copy_of_recipe,
+    load_script,
+    promised_recipes,
+    read_rows,
+    run_command,
+    tracked_files,
+)
+from sources import (
+    LOOP,
+    ROOMS,
+    branches,
+    definitions,
+    equal_runs,
+    functions,
+    imported_modules,
+    length,
+    modules_of_common,
+    read_by_methods,
+    room,
+    settings_of,
+    used_at_home,
+    uses_of_common,
+)
 from update_readme import with_table
 
-from common.config import parse_config
+from common.start.config import parse_recipe
 
 ids = [recipe.name for recipe in RECIPES]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=ids)
 configs = [file for recipe in RECIPES for file in sorted((recipe / "configs").rglob("*.yaml"))]
 launch_files = [file for recipe in RECIPES for file in sorted((recipe / "accelerate").rglob("*.yaml"))]
 
+TRAIN_LINES = {
+    "qwenimage_fulltune": 420,
+    "flux2klein_fulltune": 480,
+    "qwenimage_edit": 480,
+    "kolors_spatial_adapter": 520,
+    "qwen3vl_qlora": 500,
+}
+TRAIN_LINES_TOGETHER = 2350
+OWN_IN_THREE_RECIPES = {
+    "pretrained_model_name_or_path": "the default differs by model",
+    "benchmark_prompt_tokens": "the default differs by model, and so does what a prompt is",
+}
+EQUAL_LINES = {
+    r"\w+: settings\.Flat\[.*": "the groups of a Config",
+    r"sampler = loader\.make_sampler\(.*": "main's set-up, from the state to the first validation",
+    r"def (validate|held_out_errors)\(.*": "what the loop and validation call has one form",
+}
+EQUAL_FUNCTIONS = {
+    "make": "of make_tiny.py: it names what a tiny base is made of",
+    "validate": "a reader sees what is measured and drawn, beside what it calls",
+    "held_out_errors": "likewise",
+}
+IN_TWO_RECIPES = {
+    "common.data.cache.Item": "a row or a text; edits and boxes encode more than that",
+    "common.data.loader.CachedSamples": "rows that are one entry of the cache; of edits and boxes they are several",
+    "common.settings.Buckets": "the adapter on boxes and edits have a size of their own name",
+    "common.step.flow_matching.checkpoint_shift": "of the two that have no other rule",
+}
+CHOICES_DIFFER = {
+    "mixed_precision": "fp16 is for adapters alone",
+    "optimizer": "sharded and bf16 weights are for full tuning alone",
+}
+
 
 def name_of(file: Path) -> str:
     return "/".join(file.relative_to(ROOT).parts[1:])
 
 
-def config_fields(recipe: Path) -> dict[str, tuple[str, str]]:
-    """{field: (type, help)} of a recipe's Config, read from its source."""
-    tree = ast.parse((recipe / "train.py").read_text())
-    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
-    pairs = [(node, after) for node, after in itertools.pairwise(body) if isinstance(node, ast.AnnAssign)]
-    return {a.target.id: (ast.unparse(a.annotation), " ".join(b.value.value.split())) for a, b in pairs}
+def train_files() -> list[Path]:
+    return [recipe / "train.py" for recipe in RECIPES]
+
+
+# ---- which recipes
 
 
 def test_there_are_recipes():
-    """Catches tests that pass because they found nothing."""
-    assert RECIPES and configs and launch_files
+    """Catches tests that pass because they found nothing, and a recipe that README.md's table does not name."""
+    assert len(RECIPES) >= 5 and configs and launch_files
+    assert {recipe.name for recipe in RECIPES} == TRAIN_LINES.keys()
+    assert all((recipe / "train.py").is_file() for recipe in RECIPES)
+
+
+def test_a_copy_beside_the_recipes_is_free():
+    """Catches tests that hold a person's own copy to what recipes promise: another loop, another flag and a used-up
+    budget of lines fail nothing."""
+    with copy_of_recipe(RECIPES[0], "drift") as copy:
+        text = (copy / "train.py").read_text()
+        text = text.replace("        meter.add(measured)\n", "        meter.add(measured)\n            print(step)\n")
+        field = '    my_own_flag: int = 3\n    """a flag of the copy"""\n    learning_rate: str = ""\n    """mine"""\n'
+        text = text.replace("class Config:\n", f'class Config:\n    """Mine."""\n\n{field}', 1) + "# mine\n" * 1000
+        (copy / "train.py").write_text(text)
+        (copy / "run.sh").write_text("#!/usr/bin/env bash\n")
+        (copy / "configs/mine.yaml").write_text("nonsense: true\n")
+        (copy / "accelerate/mine.yaml").write_text("nonsense: true\n")
+        assert "my_own_flag" in text and "print(step)" in text
+        assert promised_recipes() == RECIPES and copy not in promised_recipes()
+        spec = importlib.util.spec_from_file_location("test_drift_beside_a_copy", __file__)
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)  # collects anew, with the copy there
+        assert (again.RECIPES, again.configs, again.launch_files) == (RECIPES, configs, launch_files)
+        again.test_the_loop_is_the_same_text_everywhere()
+        again.test_settings_mean_the_same_everywhere()
+        again.test_budgets_of_train_py()
+        again.test_settings_are_declared_once()
+
+
+# ---- one text
 
 
 def test_the_loop_is_the_same_text_everywhere():
     """Catches a fix of the training loop that was made in one recipe only."""
-    markers = "# ---- loop: identical in every recipe ----", "# ---- end loop ----"
-    loops = {recipe.name: between((recipe / "train.py").read_text(), *markers) for recipe in RECIPES}
+    loops = {file.parent.name: between(file.read_text(), *LOOP) for file in train_files()}
     first = loops[ids[0]]
     assert all(loop == first for loop in loops.values()), [name for name, loop in loops.items() if loop != first]
     for line in (
-        "while step < cfg.max_train_steps",
+        "while step < cfg.batch.max_train_steps",
         "compute_loss(",
         "accelerator.backward(loss)",
-        "save(",
+        "checkpoint.save(",
         "validate(",
     ):
         assert line in first
@@ -61,53 +150,176 @@ def test_run_sh_is_the_same_text_everywhere(recipe):
     assert (recipe / "run.sh").read_text() == (RECIPES[0] / "run.sh").read_text()
 
 
+def test_no_eight_lines_stand_in_three_recipes():
+    """Catches what belongs in common/ and was copied: eight lines in a row that three train.py share, outside the
+    imports and the loop. EQUAL_LINES says which lines may, and why."""
+    runs = equal_runs(train_files(), 8, 3, EQUAL_LINES)
+    assert not runs, "\n\n".join("\n".join(run) for run in runs)
+    for pattern in EQUAL_LINES:
+        rest = EQUAL_LINES.keys() - {pattern}
+        assert equal_runs(train_files(), 8, 3, rest), f"{pattern} need not be allowed any more"
+
+
+def test_no_long_function_stands_in_three_recipes():
+    """Catches the same in other files: a function of eight lines or more that three recipes have."""
+    where = defaultdict(set)
+    for recipe in RECIPES:
+        for file in recipe.glob("*.py"):
+            for node in functions(file).values():
+                if length(node) >= 8 and node.name != "main":
+                    where[ast.unparse(node)].add(recipe.name)
+    found = {re.findall(r"def (\w+)", text)[0]: names for text, names in where.items() if len(names) >= 3}
+    assert found.keys() <= EQUAL_FUNCTIONS.keys(), found
+    assert found.keys() == EQUAL_FUNCTIONS.keys(), "some need not be allowed any more"
+
+
+# ---- budgets
+
+
+def test_budgets_of_train_py():
+    """Catches a train.py that cannot be read in one sitting any more."""
+    lines = {file.parent.name: len(file.read_text().splitlines()) for file in train_files()}
+    over = {name: n for name, n in lines.items() if n > TRAIN_LINES[name]}
+    assert not over and sum(lines.values()) <= TRAIN_LINES_TOGETHER, lines
+
+
+@each_recipe
+def test_budgets_of_functions(recipe):
+    """Catches a function of a train.py that does too much, and a main that is no table of contents any more."""
+    found = functions(recipe / "train.py")
+    over = {name: length(node) for name, node in found.items() if name != "main" and length(node) > 45}
+    assert not over, over
+    assert length(found["main"]) <= 75, length(found["main"])
+    assert branches(found["main"]) <= 12, branches(found["main"])
+
+
+@each_recipe
+def test_main_mentions_modes_once(recipe):
+    """Catches a benchmark, a plan or a dry run that is asked about again and again on the way through main."""
+    text = (recipe / "train.py").read_text()
+    main = ast.get_source_segment(text, functions(recipe / "train.py")["main"])
+    for mode in (r"\bbenchmark\b", r"\bplan\b(?!\.)", r"\bdry_run\b"):
+        assert len(re.findall(mode, main)) <= 1, mode
+
+
+def test_budgets_of_other_files():
+    """Catches a file of common/ that holds two subjects, and a make_tiny.py that trains."""
+    files = dict.fromkeys(modules_of_common().values(), 300)
+    files |= {recipe / "make_tiny.py": 250 for recipe in RECIPES}
+    lines = {file: len(file.read_text().splitlines()) for file in files}
+    over = {name_of(file): n for file, n in lines.items() if n > files[file]}
+    assert not over, over
+
+
+# ---- imports
+
+
 @each_recipe
 def test_no_recipe_imports_another(recipe):
     """Catches a recipe that breaks when another is changed or deleted."""
     for file in recipe.rglob("*.py"):
-        for module in imported(file):
+        for module in imported_modules(file):
             assert module.split(".")[0] not in {"recipes", *ids}, f"{file.name} imports {module}"
+
+
+def test_modules_beside_train_py_have_names_of_their_own():
+    """Catches `import rows` that finds another recipe's rows, where two are used in one process (as here)."""
+    everywhere = {"train", "sample", "make_tiny", "evaluate"}  # scripts that nothing imports
+    where = defaultdict(set)
+    for recipe in RECIPES:
+        for file in recipe.glob("*.py"):
+            where[file.stem].add(recipe.name)
+        imported = set().union(*map(imported_modules, recipe.glob("*.py")))
+        assert not imported & everywhere, imported & everywhere
+    assert not {stem: names for stem, names in where.items() if len(names) > 1 and stem not in everywhere}
 
 
 def test_common_knows_no_model():
     """Catches a shared file that imports a model library, or a recipe, or asks which model it is."""
-    for file in (ROOT / "common").glob("*.py"):
-        for module in imported(file):
-            assert module.split(".")[0] not in {"diffusers", "transformers", "peft", "recipes"}, (file.name, module)
+    for module, file in modules_of_common().items():
+        for name in imported_modules(file):
+            allowed = {"peft"} if module == "common.model.adapters" else set()
+            assert name.split(".")[0] not in {"diffusers", "transformers", "peft", "recipes"} - allowed, (module, name)
         assert not re.search(
             "qwen|flux|kolors", re.sub(r'""".*?"""|#.*', "", file.read_text(), flags=re.DOTALL), re.I
         ), file
 
 
-def imported(file: Path) -> set[str]:
-    modules = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module or "")
-    return modules
+def test_arrows_between_rooms_go_one_way():
+    """Catches a lower room of common/ that imports a higher one, a room without a place, and modules in a circle."""
+    modules, graph = modules_of_common(), {}
+    for module, file in modules.items():
+        assert room(module) in ROOMS, f"{module} is in no room of {ROOMS}"
+        graph[module] = {name for name in imported_modules(file) if name.split(".")[0] == "common"}
+        for name in graph[module]:
+            assert name in modules, f"{module} imports {name}, expected a module of common/"
+            assert ROOMS.index(room(name)) <= ROOMS.index(room(module)), f"{module} imports {name}, which is higher"
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
+    assert set(order) == modules.keys()
+
+
+def test_every_public_name_of_common_is_shared():
+    """Catches what belongs to one recipe, or to nobody: a public name is used by three recipes, or by common/ itself
+    outside of what defines it."""
+    modules, used = modules_of_common(), defaultdict(set)
+    for recipe in RECIPES:
+        for use in set().union(*map(uses_of_common, recipe.glob("*.py"))):
+            used[use].add(recipe.name)
+    for module, file in modules.items():
+        for use in uses_of_common(file):
+            used[use] |= {"common"} if use[0] != module else set()
+    alone = {}
+    for module, file in modules.items():
+        for name in definitions(file).keys() - used_at_home(file):
+            names = used[module, name]
+            if "common" not in names and len(names) < 3:
+                alone[f"{module}.{name}"] = sorted(names)
+    assert alone.keys() <= IN_TWO_RECIPES.keys(), {name: alone[name] for name in alone.keys() - IN_TWO_RECIPES.keys()}
+    assert alone.keys() == IN_TWO_RECIPES.keys(), "some need not be allowed any more"
+    assert all(len(names) == 2 for names in alone.values()), alone
+
+
+# ---- settings
 
 
 @each_recipe
 def test_every_setting_is_read(recipe):
     """Catches dead settings: a flag that a user sets and nothing reads."""
-    files = [*recipe.glob("*.py"), *(ROOT / "common").glob("*.py")]
+    files = [*recipe.glob("*.py"), *modules_of_common().values()]
     text = "\n".join(file.read_text() for file in files)
+    in_methods = read_by_methods(recipe / "train.py") | read_by_methods(modules_of_common()["common.settings"])
     run_sh = (recipe / "run.sh").read_text()  # reads `launch:` from the YAML
-    names = config_fields(recipe)
-    dead = [name for name in names if not re.search(rf"\bcfg\.{name}\b", text) and f"^{name}:" not in run_sh]
+    dead = []
+    for name, (group, _, _) in settings_of(recipe).items():
+        if not (name in in_methods or re.search(rf"\b{group}\.{name}\b(?! = )", text) or f"^{name}:" in run_sh):
+            dead.append(name)
     assert not dead, f"nothing reads {dead}"
 
 
 def test_settings_mean_the_same_everywhere():
-    """Catches a flag of the same name with another type or help in another recipe."""
+    """Catches a flag of the same name with another type or help in another recipe. Of CHOICES_DIFFER, some have fewer
+    choices."""
     meanings = defaultdict(lambda: defaultdict(list))
     for recipe in RECIPES:
-        for name, meaning in config_fields(recipe).items():
-            meanings[name][meaning].append(recipe.name)
+        for name, (_, kind, text) in settings_of(recipe).items():
+            meanings[name][kind, text].append(recipe.name)
     different = {name: dict(found) for name, found in meanings.items() if len(found) > 1}
-    assert not different, different
+    assert different.keys() <= CHOICES_DIFFER.keys(), {n: m for n, m in different.items() if n not in CHOICES_DIFFER}
+    for name, found in different.items():
+        choices = sorted((set(typing.get_args(kind)) for kind, _ in found), key=len)
+        assert choices[0] and all(few <= many for few, many in itertools.pairwise(choices)), (name, choices)
+
+
+def test_settings_are_declared_once():
+    """Catches a setting that three recipes declare themselves: it belongs in common/settings.py."""
+    where = defaultdict(list)
+    for recipe in RECIPES:
+        for name, (group, _, _) in settings_of(recipe).items():
+            if group == "cfg":
+                where[name].append(recipe.name)
+    repeated = {name: recipes for name, recipes in where.items() if len(recipes) >= 3}
+    assert repeated.keys() <= OWN_IN_THREE_RECIPES.keys(), repeated
+    assert repeated.keys() == OWN_IN_THREE_RECIPES.keys(), "some need not be allowed any more"
 
 
 @each_recipe
@@ -118,43 +330,67 @@ def test_settings_have_the_usual_names(recipe):
     lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm mixed_precision
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps report_to
     tracker_project_name dataloader_num_workers""".split()
-    assert not set(usual) - config_fields(recipe).keys()
+    assert not set(usual) - settings_of(recipe).keys()
+
+
+# ---- configs, launch files, other files
 
 
 @pytest.mark.parametrize("file", configs, ids=name_of)
 def test_every_config_parses(file):
     """Catches a YAML with a key that its recipe no longer has, or a value that its rules refuse."""
     recipe = next(folder for folder in file.parents if folder in RECIPES)
-    cfg = parse_config(load_script(recipe / "train.py").Config, ["--config", str(file), "--train_data_dir", "given"])
-    assert (recipe / f"accelerate/{cfg.launch}.yaml").is_file(), f"launch: {cfg.launch}"
+    cfg = parse_recipe(load_script(recipe / "train.py").Config, ["--config", str(file), "--train_data_dir", "given"])
+    assert (recipe / f"accelerate/{cfg.run.launch}.yaml").is_file(), f"launch: {cfg.run.launch}"
     header = file.read_text().splitlines()[0]
     assert header.startswith("# "), "a config begins with what it is for, and on which hardware"
 
 
+SHARDING = """\
+# common/model/sharding.py reads the FSDP_* variables made of this file and calls fully_shard itself, on GPUs and CPUs
+# alike; the blocks are those that the model's class names as repeated.
+"""
+
+
 @pytest.mark.parametrize("file", launch_files, ids=name_of)
 def test_every_launch_file_parses(file):
-    """Catches a launch file that names a file or a block class that is not there."""
-    recipe = file.parents[1]
-    content = yaml.safe_load(file.read_text())
+    """Catches a launch file that names a file that is not there, and one that names blocks: those are the model's."""
+    recipe, text = file.parents[1], file.read_text()
+    content = yaml.safe_load(text)
     assert content["distributed_type"] in ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED") and content["use_cpu"] is False
-    assert file.read_text().startswith("# For: "), "a launch file begins with what it is for"
+    assert text.startswith("# For: "), "a launch file begins with what it is for"
     if content["distributed_type"] == "DEEPSPEED":
         assert (recipe / content["deepspeed_config"]["deepspeed_config_file"]).is_file()
     if content["distributed_type"] == "FSDP":
-        block = content["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
-        import diffusers
-        import transformers
+        assert "fsdp_transformer_layer_cls_to_wrap" not in text
+        assert SHARDING in (recipe / "accelerate/fsdp2.yaml").read_text()
+        assert content["fsdp_config"]["fsdp_version"] == 2
 
-        sources = [Path(module.__file__).parent / "models" for module in (diffusers, transformers)]
-        text = "".join(path.read_text() for root in sources for path in root.rglob("*.py"))
-        assert all(f"class {name}(" in text for name in block.split(",")), block
+
+@pytest.mark.parametrize(
+    "recipe",
+    [recipe for recipe in RECIPES if (recipe / "accelerate/fsdp2.yaml").is_file()],
+    ids=lambda path: path.name,
+)
+def test_the_model_names_its_blocks(recipe):
+    """Catches a model whose class does not say which blocks repeat: fsdp2 would gather it as a whole."""
+    import diffusers
+
+    (name,) = re.findall(r"loading\.empty_model\(\s*(\w+)", (recipe / "train.py").read_text())
+    model = getattr(diffusers, name)
+    source = Path(importlib.util.find_spec(model.__module__).origin).read_text()
+    assert model._repeated_blocks and all(f"class {block}(" in source for block in model._repeated_blocks)
 
 
 @each_recipe
 def test_every_json_parses(recipe):
-    """Catches DeepSpeed files that win over the recipe's settings: what the config decides must be "auto" there."""
-    for file in recipe.rglob("*.json"):
+    """Catches DeepSpeed files that win over the recipe's settings: what the config decides must be "auto" there. And
+    a benchmark without the model's configuration."""
+    files = list(recipe.rglob("*.json"))
+    assert any(file.parent.name == "full_size" for file in files)
+    for file in files:
         content = json.loads(file.read_text())
+        assert content and isinstance(content, dict), file
         if file.parent.name == "deepspeed":
             for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
                 assert content[key] == "auto", (file.name, key)
@@ -224,9 +460,9 @@ def check_command(command: str) -> None:
         if script.endswith("run.sh"):
             if given and not given[0].startswith("-") and given[0] not in ("&&", ";"):
                 assert (recipe / f"configs/{given[0]}.yaml").is_file(), f"config {given[0]} in: {command}"
-            known = {*config_fields(recipe), "help"}
+            known = {*settings_of(recipe), "help"}
         elif script.endswith("train.py"):
-            known = {*config_fields(recipe), "help", "config"}
+            known = {*settings_of(recipe), "help", "config"}
         else:
             known = set(re.findall(r'add_argument\(\s*"--(\w+)"', (ROOT / script).read_text()))
         flags = {re.sub("^no[-_]", "", word[2:].split("=")[0]) for word in given if word.startswith("--")}
@@ -240,18 +476,12 @@ def check_command(command: str) -> None:
 
 @pytest.mark.slow
 @each_recipe
-def test_a_copied_recipe_runs(recipe, tmp_path):
+def test_a_copied_recipe_runs(recipe):
     """Catches a recipe that runs in its own folder only: a copy of it makes its tiny base, trains and exports."""
-    copy = recipe.with_name(f"copied_by_a_test_{recipe.name}")
-    outputs = ROOT / "outputs" / copy.name
-    shutil.rmtree(copy, ignore_errors=True)
-    try:
-        shutil.copytree(recipe, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with copy_of_recipe(recipe, recipe.name) as copy:
+        outputs = ROOT / "outputs" / copy.name
         flags = ["--max_train_steps", 2, "--validation_steps", 0, "--checkpointing_steps", 2]
         done = run_command(["bash", copy / "run.sh", "tiny", *flags]).check()
         assert len(read_rows(outputs / "tiny")) == 2, done.output
         assert (outputs / "tiny/export").is_dir() or (outputs / "tiny/final").is_dir(), done.output  # or adapters
         assert (outputs / "tiny/checkpoint-2").is_dir() and str(recipe) + "/" not in done.output
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.rmtree(outputs, ignore_errors=True)
