@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import sys
 import typing
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from helpers import (
     tracked_files,
 )
 from sources import (
+    COMMANDS,
     LOOP,
     ROOMS,
     branches,
@@ -277,6 +279,13 @@ def test_every_public_name_of_common_is_shared():
     assert alone.keys() <= IN_TWO_RECIPES.keys(), {name: alone[name] for name in alone.keys() - IN_TWO_RECIPES.keys()}
     assert alone.keys() == IN_TWO_RECIPES.keys(), "some need not be allowed any more"
     assert all(len(names) == 2 for names in alone.values()), alone
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_run_by_their_path(module):
+    """Catches a command that is found only from the repository's root, or as a module."""
+    done = run_command([sys.executable, modules_of_common()[module], "--help"]).check()  # from another folder
+    assert f"usage: {modules_of_common()[module].name}" in done.output
 
 
 # ---- settings

@@ -1,6 +1,7 @@
 """Runs of one process, in this process: exact resume, a stop signal, batch equivalence, golden losses, users'
 mistakes."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,8 +18,10 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
 
+from common.model import loading
+from common.start import plan
 from common.start.config import parse_recipe
-from common.start.plan import explained_errors
+from common.start.folders import part_config
 
 GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
 
@@ -257,6 +261,25 @@ def test_golden_losses(golden):
     assert len(expected) == 20 and golden == pytest.approx(expected, rel=1e-3)
 
 
+# ---- one card
+
+
+@pytest.mark.parametrize(("name", "fits"), [("debug", True), ("full_1gpu", True), ("bench", True), ("full", False)])
+def test_what_fits_a_card_of_80_gb(train, recipe, monkeypatch, name, fits):
+    """Catches a config whose header promises one card, and which the check before training refuses there."""
+    argv = ["--config", str(recipe / f"configs/{name}.yaml"), "--train_data_dir", "given"]
+    cfg = parse_recipe(train.Config, argv)
+    transformer = loading.empty_model(QwenImageTransformer2DModel, part_config(recipe / "full_size/transformer"))
+    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(20.43e9, rel=1e-3)
+    card = SimpleNamespace(total_memory=79.1 * 2**30)  # of an H100 80GB
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    one = dict(device=torch.device("cuda"), strategy="single", launch="single", offload=False, sharded=False)
+    run = SimpleNamespace(**one, world_size=1, is_main=False)
+    assert cfg.run.launch == ("single" if fits else "fsdp2") and cfg.speed.gradient_checkpointing
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"under single on 1 GPU.*needs about"):
+        plan.check_size(run, cfg, transformer, train.ACTIVATIONS_GIB)
+
+
 # ---- users' mistakes
 
 
@@ -297,7 +320,7 @@ def test_mistakes_end_in_one_sentence(train, config, tmp_path, capfd, flags, sen
     expected."""
     (tmp_path / "empty.json").write_text("[]")
     flags = [flag.format(tmp=tmp_path, empty=tmp_path / "empty.json") for flag in flags]
-    with pytest.raises(SystemExit) as ended, explained_errors():
+    with pytest.raises(SystemExit) as ended, plan.explained_errors():
         run_main(train, ["--config", config, "--output_dir", tmp_path / "out", *flags])
     said = capfd.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
