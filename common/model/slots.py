@@ -1,5 +1,6 @@
 """Memory for streaming: groups of tensors pinned in main memory, and a few slots on the GPU for their visits."""
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +40,22 @@ def tensors_of(state: dict[str, Any]) -> list[Holder]:
 
 
 def pinned(size: int, device: torch.device) -> Tensor:
-    """(size,) bytes of main memory, pinned for a GPU. torch's own pinned allocations are rounded up to powers of two:
-    38 GiB of blocks would take 64."""
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda" and size:
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
-        if int(error):
-            raise ValueError(
-                f"{size / 2**30:.2f} GiB of main memory could not be pinned ({error}); stream fewer blocks with "
-                "--stream_blocks, or raise the limit of locked memory (ulimit -l)"
-            )
+    """(size,) bytes of main memory, pinned for a GPU.
+
+    torch's own pinned allocations are rounded up to powers of two: 38 GiB of blocks would take 64. And Linux copies
+    pinned pages when a process forks, as the loader's workers do, unless it is told not to.
+    """
+    if device.type != "cuda" or not size:
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_DONTFORK)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
+    if int(error):
+        raise ValueError(
+            f"{size / 2**30:.2f} GiB of main memory could not be pinned ({error}); stream fewer blocks with "
+            "--stream_blocks, or raise the limit of locked memory (ulimit -l)"
+        )
     return buffer
 
 

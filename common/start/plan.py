@@ -9,8 +9,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
+from common.model.streaming import N_SLOTS, blocks_to_stream, repeated_blocks
 from common.processes import Run, stop
 from common.settings import Shared
 from common.step.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
@@ -20,23 +22,57 @@ CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_
 
 
 def check_size(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
-    """Say before data is encoded that a model does not fit the GPU or its checkpoints the disk. activations_gib: what
-    the recipe measured for one sample with checkpointing."""
+    """Say before data is encoded that a model does not fit the GPU, its streamed blocks main memory, its checkpoints
+    the disk. activations_gib: what the recipe measured for one sample with checkpointing."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    check_memory(run, cfg, trained, activations_gib, frozen)
+    if run.device.type == "cuda":
+        if cfg.tuning.stream_blocks:
+            check_streaming(run, cfg, model, activations_gib)
+        else:
+            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            check_memory(run, cfg, trained, activations_gib, frozen)
     check_disk(run, cfg, trained)
+
+
+def check_streaming(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
+    """Say what streaming takes of the GPU and of main memory; ValueError where that is not there, with the number of
+    blocks that would fit both."""
+    gpu, main = gpu_gib(run, cfg), psutil.virtual_memory().available / 2**30
+    blocks = len(repeated_blocks(model))
+    wanted = blocks if cfg.tuning.stream_blocks < 0 else min(cfg.tuning.stream_blocks, blocks)
+    needs = {n: streaming_gib(cfg, model, n) for n in range(1, blocks + 1)}
+    on_gpu, in_main = needs[wanted][0] + activations_gib, needs[wanted][1]
+    said = f"{wanted} of {blocks} blocks streamed: {in_main:.1f} GiB of main memory, {on_gpu:.1f} GiB on the GPU"
+    if on_gpu <= gpu and in_main <= main:
+        run.print(f"{said} for one sample (free: {main:.0f} and {gpu:.0f})")
+        return
+    fit = [n for n, (g, m) in needs.items() if g + activations_gib <= gpu and m <= main]
+    nearest = min(fit, key=lambda n: abs(n - wanted), default=None)
+    way = f"use --stream_blocks {nearest}" if nearest else "no number of blocks fits both; use a larger machine"
+    raise ValueError(f"{said}, and there are {main:.0f} and {gpu:.0f}; {way}")
+
+
+def streaming_gib(cfg: Shared, model: torch.nn.Module, wanted: int) -> tuple[float, float]:
+    """(GiB on the GPU, GiB pinned in main memory) of weights, gradients and optimizer state with `wanted` blocks
+    streamed."""
+    groups = [sum(p.numel() for p in parameters) for _, parameters in blocks_to_stream(model, wanted)]
+    trains = all(p.requires_grad for p in model.parameters())
+    per_parameter = BYTES_WITH_RELEASE[cfg.tuning.optimizer] if trains else 2
+    resident = sum(p.numel() for p in model.parameters()) - sum(groups)
+    on_gpu = per_parameter * (resident + N_SLOTS * max(groups)) + 2 * max(groups)  # and one block's gradients
+    averages = 4 if cfg.tuning.ema_decay else 0
+    return on_gpu / 2**30, (per_parameter + averages) * sum(groups) / 2**30
+
+
+def gpu_gib(run: Run, cfg: Shared) -> float:
+    """What torch may take of this process's GPU."""
+    total = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+    return min(total, cfg.run.memory_limit_gib or total)
 
 
 def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float, frozen: int = 0) -> None:
     """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
-    bytes a parameter.
-
-    parameters: how many train; activations_gib: what the recipe measured for one sample with checkpointing; frozen:
-    parameters beside them that only take 2 bytes.
-    """
-    if run.device.type != "cuda":
-        return
+    bytes a parameter. parameters: how many train; frozen: those beside them that only take 2 bytes."""
     name = cfg.tuning.optimizer
     per_parameter = BYTES_WITH_RELEASE[name] if cfg.tuning.gradient_release else BYTES_PER_PARAMETER[name]
     per_parameter += 6 if cfg.tuning.ema_decay else 0  # the average, and the trained weights while it is applied
@@ -47,7 +83,7 @@ def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float,
     shards = run.world_size if run.sharded else 1
     frozen_bytes = 0 if run.offload and run.sharded else 2 * frozen
     need = (per_parameter * parameters + frozen_bytes) / shards / 2**30 + activations_gib
-    have = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+    have = gpu_gib(run, cfg)
     if need > have:
         raise ValueError(
             f"{name} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
@@ -58,7 +94,8 @@ def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float,
 MEMORY_LADDER = (
     "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
     "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
-    "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes); "
+    "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes), "
+    "and --stream_blocks -1 with it (weights in main memory); "
     "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); "
     "LAUNCH=zero3_nvme; and --ema_decay 0"
 )
