@@ -22,7 +22,7 @@ RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 data = load_script(RECIPE / "generate_data.py")
 face_pool = load_script(RECIPE / "generate_face_retention_pool.py")
 object_pool = load_script(RECIPE / "generate_object_retention_pool.py")
-faces, rows_file = importlib.import_module("faces"), importlib.import_module("rows")
+faces, rows_file = importlib.import_module("faces"), importlib.import_module("qa_rows")
 TASKS, SPLITS = data.TASKS, rows_file.SPLITS
 SMALL = ["--num_entities", 6, "--image_size", 32, "--images_per_entity", 3, 2, 2, "--connectors_per_split", 6, 2, 3]
 SMALL += ["--rows_per_entity", 12, 4, 6]
@@ -124,7 +124,14 @@ def test_faces_of_entities_and_of_the_pool_never_coincide():
 )
 def test_impossible_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        config(**changes)
+        config(**changes).check()
+
+
+def test_impossible_settings_write_nothing(tmp_path):
+    """Catches a command that does not look at the rules, or looks at them when pictures are drawn already."""
+    with pytest.raises(ValueError, match="num_entities must be from 4"):
+        run(data, tmp_path / "made", "--num_entities", 3)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_misspelt_setting_is_an_error(tmp_path, capsys):

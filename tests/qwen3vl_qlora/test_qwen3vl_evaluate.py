@@ -1,7 +1,6 @@
 """The evaluation: scores worked out by hand, a scripted model through the whole path, log-probabilities of batches
 against one row at a time."""
 
-import argparse
 import contextlib
 import copy
 import importlib
@@ -22,7 +21,9 @@ generate_data = load_script(RECIPE / "generate_data.py")
 face_pool = load_script(RECIPE / "generate_face_retention_pool.py")
 object_pool = load_script(RECIPE / "generate_object_retention_pool.py")
 make_tiny, train = load_script(RECIPE / "make_tiny.py"), load_script(RECIPE / "train.py")
-scoring, rows_file, conversations = map(importlib.import_module, ("scoring", "rows", "conversations"))
+scoring, rows_file, conversations, two_way = map(
+    importlib.import_module, ("answer_scoring", "qa_rows", "conversations", "two_way_evaluation")
+)
 LETTERS = "ABCD"
 
 
@@ -159,7 +160,7 @@ def test_letter_probabilities():
 
 
 def test_dropping_pictures_and_text(folders):
-    for task in evaluate.ENTITY_TASKS:
+    for task in two_way.ENTITY_TASKS:
         row = rows_of(folders, task)[0]
         before = copy.deepcopy(row)
         blind, mute = scoring.drop_images(row), scoring.drop_text(row)
@@ -309,7 +310,7 @@ class Scripted:
 
     def generate(self, rows: list[dict]) -> list[str]:
         self.asked += [row["id"] for row in rows]
-        if rows and rows[0]["task"] in evaluate.RETENTION_TASKS:
+        if rows and rows[0]["task"] in two_way.RETENTION_TASKS:
             return [row["answer"] if i % 2 or not self.trained else "forgotten" for i, row in enumerate(rows)]
         if rows and rows[0]["task"] == "reverse":
             return ["Correct" if self.trained else "" for _ in rows]
@@ -330,6 +331,11 @@ class Scripted:
         return -1.0 if text == self.seen(row) else -9.0
 
 
+def asked(*argv) -> dict:
+    """What evaluate.py does with a command line."""
+    return two_way.run_evaluation(evaluate.parse([str(word) for word in argv]))
+
+
 @pytest.fixture
 def adapter(tmp_path) -> Path:
     best = tmp_path / "run/best"
@@ -344,15 +350,15 @@ def test_scripted_model_through_the_whole_path(folders, adapter, monkeypatch, ca
     (adapter.parent / "config.yaml").write_text(json.dumps(config))
     people = json.loads((folders["data_dir"] / "entities.json").read_text())
     model = Scripted({person["entity"]: person["description"] for person in people})
-    monkeypatch.setattr(evaluate, "load_model", lambda args, alone: model)
+    monkeypatch.setattr(two_way, "load_model", lambda args: model)
     monkeypatch.setenv("WORLD_SIZE", "4")  # as inside a launched training run: alone, nobody is waited for
-    evaluate.main(["--model_path", str(adapter), "--save_examples", "3"], alone=True)
+    two_way.run_evaluation(two_way.Evaluation(model_path=adapter, save_examples=3, alone=True))
 
     out = adapter.parent / "evaluation"
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["precision"] == "bf16" and results["settings"]["min_pixels"] == "77"
     tasks = results["tasks"]
-    assert list(tasks) == [*evaluate.ENTITY_TASKS, *evaluate.RETENTION_TASKS]
+    assert list(tasks) == [*two_way.ENTITY_TASKS, *two_way.RETENTION_TASKS]
     value = {
         (task, state, metric): estimate["value"]
         for task, states in tasks.items()
@@ -399,10 +405,10 @@ def test_scripted_model_through_the_whole_path(folders, adapter, monkeypatch, ca
 
 def test_one_task_only(folders, adapter, monkeypatch):
     model = Scripted({f"e{i:02d}": "x" for i in range(8)})
-    monkeypatch.setattr(evaluate, "load_model", lambda args, alone: model)
+    monkeypatch.setattr(two_way, "load_model", lambda args: model)
     argv = ["--model_path", adapter, "--data_dir", folders["data_dir"], "--task", "reverse", "--no-ablations"]
     argv += ["--split", "validation", "--output_dir", adapter.parent / "elsewhere"]
-    results = evaluate.main([str(word) for word in argv])
+    results = asked(*argv)
     assert list(results["tasks"]) == ["reverse"] and "image dropped" not in results["tasks"]["reverse"]
     assert {name.split("-")[1] for name in model.asked} == {"validation"}
     files = sorted(path.name for path in (adapter.parent / "elsewhere").iterdir())
@@ -416,13 +422,24 @@ def test_one_task_only(folders, adapter, monkeypatch):
     ]
 
 
+def test_flags_that_are_not_given_keep_their_defaults(adapter):
+    """Catches a flag whose default is not Evaluation's, or that Evaluation does not have."""
+    parsed, plain = evaluate.parse(["--model_path", str(adapter)]), two_way.Evaluation(model_path=adapter)
+    assert parsed == plain and (parsed.task, parsed.batch_size, parsed.ablations) == ("all", 8, True)
+    given = ["--no-ablations", "--batch_size", "3", "--output_dir", "there", "--precision", "no"]
+    parsed = evaluate.parse(["--model_path", str(adapter), *given])
+    assert parsed == two_way.Evaluation(
+        adapter, ablations=False, batch_size=3, output_dir=Path("there"), precision="no"
+    )
+
+
 def test_users_mistakes(folders, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-        evaluate.main(["--model_path", str(tmp_path)])
+        asked("--model_path", tmp_path)
     with pytest.raises(ValueError, match="--task face_retention needs --face_retention_pool"):
-        evaluate.main(["--model_path", str(adapter), "--task", "face_retention"])
+        asked("--model_path", adapter, "--task", "face_retention")
     with pytest.raises(ValueError, match="needs --data_dir"):
-        evaluate.main(["--model_path", str(adapter)])
+        asked("--model_path", adapter)
 
 
 # ---- the tiny model: batches and padding change nothing
@@ -448,8 +465,10 @@ def load(saved: Path, **flags):
     args = ["--model_path", saved / "run/best", "--base_model", saved / "model", "--precision", "no"]
     args += ["--quantization", "none", "--batch_size", 5, "--max_new_tokens", 6]
     args += [word for name, value in flags.items() for word in (f"--{name}", value)]
-    parsed: argparse.Namespace = evaluate.parse([str(word) for word in args])
-    return evaluate.load_model(parsed, alone=True)
+    parsed = evaluate.parse([str(word) for word in args])
+    parsed.alone = True
+    parsed.fill_in()
+    return two_way.load_model(parsed)
 
 
 @pytest.fixture(scope="module")
@@ -460,7 +479,7 @@ def model(saved):
 @pytest.fixture(scope="module")
 def mixed(folders) -> list[dict]:
     """Rows of unequal lengths: one picture, four, none at all."""
-    picked = [rows_of(folders, task)[i] for task in evaluate.ENTITY_TASKS for i in range(2)]
+    picked = [rows_of(folders, task)[i] for task in two_way.ENTITY_TASKS for i in range(2)]
     picked += rows_of(folders, "face_retention")[:2]
     return [*picked, scoring.drop_images(picked[0]), scoring.drop_text(picked[1]), scoring.drop_images(picked[6])]
 
@@ -539,7 +558,7 @@ def test_untrained_is_the_base(model, saved, mixed):
         off = model.log_probs(mixed[:2], [["Correct"]] * 2)
     on = model.log_probs(mixed[:2], [["Correct"]] * 2)
     base = make_tiny.build_model(make_tiny.build_processor())
-    plain = evaluate.VisionLanguageModel(base, model.processor, torch.float32, 5, 6)
+    plain = two_way.VisionLanguageModel(base, model.processor, torch.float32, 5, 6)
     expected = plain.log_probs(mixed[:2], [["Correct"]] * 2)
     assert np.allclose(off, expected, atol=1e-5) and np.abs(np.subtract(on, off)).min() > 1e-3
 

@@ -1,6 +1,7 @@
 """The model that trains: what is frozen, what is quantised, in which precision; the loss against plain ones."""
 
 import copy
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,27 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from common.data import loader
+from common.data.order import Place
+from common.record.checkpoint import State
+from common.start.config import parse_recipe
+
 CPU = torch.device("cpu")
+ONE_PROCESS = SimpleNamespace(
+    rank=0,
+    world_size=1,
+    device=CPU,
+    is_main=True,
+    unwrap=lambda model: model,
+    share_of=lambda items: items,
+    barrier=lambda: None,
+)
 
 
 def settings(train, **changes):
-    return train.Config(**{"train_data_dir": "unused", "mixed_precision": "no", "lora_dropout": 0.0, **changes})
+    values = {"train_data_dir": "unused", "mixed_precision": "no", "lora_dropout": 0.0, **changes}
+    flags = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in values.items()]
+    return parse_recipe(train.Config, list(chain(*flags)))
 
 
 def adapted(train, model_folder, dtype=torch.float32, quantization="nf4", **changes):
@@ -42,17 +59,18 @@ def samples(train, processor, data_folder):
     return [train.encode(row, processor) for row in rows]
 
 
-def micro_batch(train, samples, step_tokens: int) -> dict:
-    return train.collate([{**sample, "step_tokens": step_tokens} for sample in samples])
+def micro_batch(train, samples, step_tokens: int, micro_batches: int = 1) -> dict:
+    """One of a step's micro-batches; settings() has a train_batch_size of 1, so their number is the group size."""
+    of_step = {"step_tokens": step_tokens, "group_size": micro_batches}
+    return train.collate([{**sample, **of_step} for sample in samples])
 
 
 def answer_tokens(train, samples) -> int:
     return sum(int((sample["labels"] != train.IGNORE_INDEX).sum()) for sample in samples)
 
 
-def models_of(train, model, micro_batches: int = 1):
-    config = model.get_base_model().config
-    return train.Models(model, config, None, micro_batches, train.Schedule())
+def models_of(train, model):
+    return train.Models(model, model.get_base_model().config, None, State(0, [], "", {}))
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -162,6 +180,37 @@ def test_checkpointing_changes_nothing(train, model_folder, nf4, samples):
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_compiling_changes_nothing(train, model_folder, samples, quantization):
+    """Catches compiled layers that compute something else, alone and where they are recomputed, or are not compiled at
+    all; rows of two lengths, one of them without a picture."""
+    batches = [samples[:3], samples[3:]]
+    found = {}
+    for flags in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = adapted(train, model_folder, quantization=quantization, **flags).train()
+        losses = []
+        for some in batches:
+            batch = micro_batch(train, some, answer_tokens(train, some))
+            loss, _ = train.compute_loss(models_of(train, model), batch, settings(train))
+            loss.backward()
+            losses.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            logits, _ = train.answer_logits(model, micro_batch(train, samples, 1), CPU)
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (compiled > 0) == bool(flags), compiled
+        found[len(flags)] = losses, gradients(model), logits
+    for losses, grads, logits in (found[1], found[2]):
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        assert torch.allclose(logits, found[0][2], atol=1e-4)
+        assert grads.keys() == found[0][1].keys() and len(grads) == 32
+        for name, grad in found[0][1].items():
+            assert torch.allclose(grads[name], grad, rtol=1e-3, atol=1e-5 + 1e-4 * grad.abs().max()), name
+
+
 def test_random_base_is_what_load_base_loads(train, model_folder, samples):
     """Catches a benchmark of another model: classes, shapes, precisions and 4-bit states are the loaded one's."""
     loaded = train.load_base(model_folder, torch.float16, CPU, "nf4")
@@ -183,14 +232,27 @@ def test_random_base_is_what_load_base_loads(train, model_folder, samples):
     assert loss.isfinite()
 
 
-def test_full_size_is_the_32b_model(train):
+def test_full_size_is_the_32b_model(train, recipe):
     """Catches a benchmark of another size: 33.36 billion parameters, 19.9 million of them trained at rank 8."""
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig(**train.FULL_SIZE))
+        model = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig.from_pretrained(recipe / "full_size"))
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 33.36
     model.config.text_config.num_hidden_layers = len(model.model.language_model.layers)
     flops = train.forward_flops(model.config, 1, 512)
     assert flops == pytest.approx(2 * 31.2e9 * 512, rel=0.02)
+
+
+def test_a_benchmark_s_rows(train, recipe):
+    """Catches rows of other lengths than asked for, and a loss that is not the mean over the step's answer tokens."""
+    cfg = settings(train, benchmark_tokens=200, train_batch_size=2)
+    data = loader.random_data(cfg, Qwen3VLConfig.from_pretrained(recipe / "full_size"), train.random_sample)
+    group = (3, 1, 4, 1)  # two micro-batches
+    batch = train.collate([data.dataset[Place(group[at], 0, at, group)] for at in range(2)])
+    assert batch["input_ids"].shape == (2, 200) and (batch["labels"] != train.IGNORE_INDEX).sum(1).tolist() == [32, 32]
+    assert batch["group_size"] == 4 and batch["step_tokens"] == 4 * 32
+    images = batch["input_ids"] == 151655
+    assert images.sum(1).tolist() == [144, 144] and torch.equal(images.long(), batch["mm_token_type_ids"])
+    assert batch["pixel_values"].shape == (2 * 4 * 144, 1536) and batch["image_grid_thw"].tolist() == [[1, 24, 24]] * 2
 
 
 # ---- loss
@@ -236,7 +298,7 @@ def test_accumulation_is_one_big_batch(train, nf4, samples, split):
     total, first = 0.0, 0
     for size in split:
         some = samples[first : first + size]
-        part, _ = train.compute_loss(models_of(train, nf4, len(split)), micro_batch(train, some, tokens), cfg)
+        part, _ = train.compute_loss(models_of(train, nf4), micro_batch(train, some, tokens, len(split)), cfg)
         (part / len(split)).backward()
         total, first = total + part.item() / len(split), first + size
     assert total == pytest.approx(loss.item(), rel=1e-5)
@@ -254,7 +316,7 @@ def test_accuracy_is_that_of_greedy_decoding(train, nf4, samples, processor):
     vision = {name: sample[name] for name in ("pixel_values", "image_grid_thw")}
     prompt = {name: sample[name][None, :start] for name in ("input_ids", "mm_token_type_ids")}
     new = nf4.generate(**prompt, **vision, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, start:]
-    run = SimpleNamespace(rank=0, world_size=1, device=CPU, unwrap=lambda model: model)
+    run = ONE_PROCESS
     for answer, expected in ((new, 1.0), (torch.cat([new[:-1], (new[-1:] + 1) % 90]), 0.0)):
         ids = torch.cat([sample["input_ids"][:start], answer])
         labels = torch.full_like(ids, train.IGNORE_INDEX)
@@ -276,7 +338,7 @@ def test_measured_loss_is_weighted_by_tokens(train, nf4, processor, data_folder)
     rows = found.task[:3] + found.retention[:3]
     models = models_of(train, nf4)
     models.processor = processor
-    run = SimpleNamespace(rank=0, world_size=1, device=CPU, unwrap=lambda model: model)
+    run = ONE_PROCESS
     sums, tokens = 0.0, 0
     for row in rows:
         loss, _ = train.measure(run, models, [row], 1)
@@ -292,10 +354,9 @@ def test_measured_loss_is_weighted_by_tokens(train, nf4, processor, data_folder)
 def test_saved_adapters_open_with_peft(train, model_folder, processor, samples, tmp_path):
     """Catches adapters that peft does not read, or reads as others: the same logits on a freshly loaded base."""
     model = adapted(train, model_folder).eval()
-    run = SimpleNamespace(is_main=True, unwrap=lambda model: model, barrier=lambda: None)
     models = models_of(train, model)
     models.processor = processor
-    train.save_adapters(run, SimpleNamespace(output_dir=str(tmp_path)), models, "best")
+    train.save_adapters(ONE_PROCESS, settings(train, output_dir=tmp_path), models, "best")
     names = {path.name for path in (tmp_path / "best").iterdir()}
     assert {
         "adapter_model.safetensors",

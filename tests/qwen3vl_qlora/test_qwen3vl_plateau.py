@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.record.checkpoint import State
+from common.settings import Optim
+
 
 @pytest.fixture(scope="module")
 def plateau(train):
@@ -15,9 +18,9 @@ def plateau(train):
 
 
 def settings(**changes) -> SimpleNamespace:
-    values = dict(learning_rate=4e-4, lr_patience=2, lr_reduction_factor=0.5, min_lr=6e-5)
-    values |= dict(improvement_threshold=0.05, min_val_loss=0.2, validation_steps=10)
-    return SimpleNamespace(**{**values, **changes})
+    values = dict(lr_patience=2, lr_reduction_factor=0.5, min_lr=6e-5, improvement_threshold=0.05, min_val_loss=0.2)
+    optim = Optim(learning_rate=changes.pop("learning_rate", 4e-4))
+    return SimpleNamespace(**{**values, "best_metric": "validation_loss", "optim": optim, **changes})
 
 
 def decisions(plateau, losses, cfg) -> list[tuple[str, float]]:
@@ -25,7 +28,7 @@ def decisions(plateau, losses, cfg) -> list[tuple[str, float]]:
     state, found = plateau.Schedule(), []
     for loss in losses:
         state = plateau.next_schedule(state, loss, cfg)
-        found.append((state.decision, cfg.learning_rate * state.factor))
+        found.append((state.decision, cfg.optim.learning_rate * state.factor))
     return found
 
 
@@ -96,9 +99,10 @@ def test_the_state_survives_json(plateau):
     for loss in losses:
         state = plateau.next_schedule(state, loss, settings())
         again = plateau.next_schedule(again, loss, settings())
-        again = plateau.Schedule(**json.loads(json.dumps(dataclasses.asdict(again))))
-        again = dataclasses.replace(again, history=tuple(again.history))
+        kept = json.loads(json.dumps({"schedule": dataclasses.asdict(again)}))
+        again = plateau.schedule_of(State(0, [], "", {}, extra=kept))
         assert state == again
+    assert plateau.schedule_of(State(0, [], "", {})) == plateau.Schedule()
 
 
 @pytest.mark.parametrize(

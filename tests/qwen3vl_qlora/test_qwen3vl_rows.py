@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Place
+from common.data.order import Place
 
 START = "<|im_start|>assistant\n"
 
@@ -41,8 +41,9 @@ def check(rows, processor, folder, text: str, max_length: int = 200):
     return rows.check_row(text, folder, "line 1", processor, max_length)
 
 
-def settings(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"on_bad_rows": "error", "on_long_rows": "error", "max_length": 200, **changes})
+def settings(on_bad_rows: str = "error", output_dir: str = "", **changes) -> SimpleNamespace:
+    data, run = SimpleNamespace(on_bad_rows=on_bad_rows), SimpleNamespace(output_dir=output_dir)
+    return SimpleNamespace(**{"on_long_rows": "error", "max_length": 200, "data": data, "run": run, **changes})
 
 
 # ---- labels
@@ -107,8 +108,7 @@ def test_line_breaks_of_unicode_stay_in_their_row(rows, processor, folder, tmp_p
     content = {"images": [], "messages": [{"role": "user", "content": "is\u2028"}]}
     content["messages"].append({"role": "assistant", "content": "the captain"})
     (tmp_path / "rows.jsonl").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    cfg = SimpleNamespace(max_length=256, on_bad_rows="error", on_long_rows="error")
-    assert len(rows.load_rows(cfg, tmp_path / "rows.jsonl", processor)) == 1
+    assert len(rows.load_rows(settings(max_length=256), tmp_path / "rows.jsonl", processor)) == 1
 
 
 def test_what_the_model_sees(rows, processor, folder):
@@ -138,7 +138,7 @@ def test_what_the_model_sees(rows, processor, folder):
 
 def test_pixel_limits_are_the_run_s(train, rows, model_folder, folder):
     """Catches limits that are given and not used, or not the ones that are saved for evaluation."""
-    cfg = train.Config(train_data_dir="unused", min_pixels=128 * 128, max_pixels=160 * 160)
+    cfg = train.Config(min_pixels=128 * 128, max_pixels=160 * 160)
     limited = train.load_processor(cfg, model_folder)
     row = check(rows, limited, folder, line(images=("1.png",)))
     assert rows.encode(row, limited)["image_grid_thw"].tolist() == [[1, 8, 8]]
@@ -151,9 +151,10 @@ def test_collate_pads_on_the_right(rows, processor, folder):
     """Catches padding that the model attends to or learns from, and images of another row."""
     texts = [line("is", "A", ("1.png",)), line("is none other than", "the keeper of the garden", ("0.png", "1.png"))]
     samples = [rows.encode(check(rows, processor, folder, text), processor) for text in texts]
-    batch = rows.collate([{**sample, "step_tokens": 7} for sample in samples])
+    batch = rows.collate([{**sample, "group_size": 4, "step_tokens": 7} for sample in samples])
     short, long = (len(sample["input_ids"]) for sample in samples)
-    assert short < long and batch["input_ids"].shape == (2, long) and batch["step_tokens"] == 7
+    assert short < long and batch["input_ids"].shape == (2, long)
+    assert (batch["step_tokens"], batch["group_size"]) == (7, 4)
     assert batch["attention_mask"].sum(1).tolist() == [short, long]
     assert (batch["labels"][0, short:] == rows.IGNORE_INDEX).all() and batch["mm_token_type_ids"].sum(1).tolist() == [
         4,
@@ -171,7 +172,8 @@ def test_step_tokens_are_those_of_the_whole_group(rows, processor, folder):
     good = [check(rows, processor, folder, line("is", answer)) for answer in answers]
     dataset = rows.Conversations(good, processor)
     assert [row.answer_tokens for row in good] == [2, 3, 6]
-    assert dataset[Place(0, 0, 0, (0, 1, 2, 2))]["step_tokens"] == 2 + 3 + 6 + 6
+    sample = dataset[Place(0, 0, 0, (0, 1, 2, 2))]
+    assert sample["step_tokens"] == 2 + 3 + 6 + 6 and sample["group_size"] == 4
 
 
 # ---- rows that cannot be used
@@ -274,9 +276,13 @@ def test_a_small_pool_is_refused(rows):
 
 def test_all_rows_of_a_run(train, rows, processor, data_folder):
     """Catches a task whose rows are of the other, validation rows that are trained on, pools left out."""
-    cfg = train.Config(train_data_dir=str(data_folder), face_retention_pool="faces", object_retention_pool="objects")
-    train.resolve_pools(cfg)
+    cfg = train.Config(face_retention_pool="faces", object_retention_pool="objects")
+    cfg.data.train_data_dir = str(data_folder)
+    cfg.face_retention_pool = rows.pool_folder("faces", str(data_folder))
+    cfg.object_retention_pool = rows.pool_folder(str(data_folder / "objects"), str(data_folder))
     assert cfg.face_retention_pool == str(data_folder / "faces")
+    assert cfg.object_retention_pool == str(data_folder / "objects")
+    assert rows.pool_folder(None, str(data_folder)) is None and rows.pool_folder("else", str(data_folder)) == "else"
     found = rows.load_all_rows(cfg, processor)
     task = [row for row in found.train if row.folder == str(data_folder)]
     assert len(task) == 48 and len(found.train) == 48 + round(48 * 0.3 / 0.7)

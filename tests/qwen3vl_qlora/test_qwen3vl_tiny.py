@@ -75,7 +75,7 @@ def test_the_base_answers_the_retention_questions(train, make_tiny, processor, t
     make_tiny.write_data(tmp_path)
     conversations = importlib.import_module("conversations")  # train.py has put its folder on the path
     model = make_tiny.build_model(processor)
-    cfg = train.Config(train_data_dir=str(tmp_path), max_length=256)
+    cfg = train.Config(max_length=256)
     for pool, task, least in (("face", "face_retention", 0.85), ("object", "object_retention", 0.85)):
         file = tmp_path / f"{pool}_retention_pool" / f"{task}_test.jsonl"
         rows = conversations.load_rows(cfg, file, processor)
