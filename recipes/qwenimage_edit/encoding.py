@@ -176,7 +176,7 @@ def what_to_encode(
 ) -> dict[str, Picture | Instruction]:
     """By cache key: targets, sources and prompts of rows as they will be seen, and the prompts that validation draws.
     The empty prompt has the sources in it, so that every row has its own."""
-    targets, of_rows, prompts, empty_prompts = {}, {}, {}, {}
+    targets, of_rows, prompts = {}, {}, {}
     for rows, views in parts:
         for view in sorted(views):
             record = rows.records[view.row]
@@ -186,11 +186,11 @@ def what_to_encode(
             of_rows |= {source_key(embeddings, record, view, source.which): source for source in sources}
             prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(record.text, sources)
             if cfg.pictures.caption_dropout:
-                empty_prompts[prompt_key(embeddings, record, view, empty=True)] = Instruction(EMPTY, sources)
+                prompts[prompt_key(embeddings, record, view, empty=True)] = Instruction(EMPTY, sources)
     for edit in shown:
         prompts[edit.key(embeddings, empty=False)] = Instruction(edit.text, edit.sources)
-        empty_prompts[edit.key(embeddings, empty=True)] = Instruction(EMPTY, edit.sources)
-    return {**targets, **of_rows, **prompts, **empty_prompts}  # one kind after the other: processes share out each
+        prompts[edit.key(embeddings, empty=True)] = Instruction(EMPTY, edit.sources)
+    return {**targets, **of_rows, **prompts}  # one kind after the other: every process gets its share of each
 
 
 def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[list[list[str]]]:
