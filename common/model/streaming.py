@@ -149,6 +149,8 @@ class Streamer:
                 slots.fetch(ahead)
 
     def _finish(self, index: int, backward: bool) -> None:
+        if backward and self.state is not None:
+            self._catch_replaced_state(index)
         for slots in self._slots(backward):
             slots.release(index, write=backward and self.writes)
         if backward and self.writes and self.state is None and self.optimizer is not None:
@@ -183,6 +185,14 @@ class Streamer:
         for holder, home, visit in self._state_places():
             home.copy_(holder.get())
             holder.set(visit)
+
+    def _catch_replaced_state(self, index: int) -> None:
+        """An optimizer may have put new tensors in the place of those that it was lent."""
+        assert self.state is not None
+        for holder, visit in zip(self.holders[index], self.state.in_slot[index], strict=True):
+            if holder.get() is not visit:
+                visit.copy_(holder.get())
+                holder.set(visit)
 
     def _state_places(self) -> Iterator[tuple[Holder, Tensor, Tensor]]:
         assert self.state is not None
