@@ -124,7 +124,7 @@ class Config:
         rules.multiple_of(self, "adapter_rank", 32, "width of a head")
         rules.at_least(self, 1, "max_objects", "retrieval_queue")
         rules.within(self, 0, 1, "grounding_dropout", "feature_time", "tau")
-        if self.box_loss_weight <= 0:
+        if not self.box_loss_weight > 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")
         if self.adapter_path and not (Path(self.adapter_path) / "config.json").is_file():
             raise ValueError(f"adapter_path {self.adapter_path} has no config.json; give a run's export/adapter, say")

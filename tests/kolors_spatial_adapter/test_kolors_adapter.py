@@ -336,10 +336,8 @@ def test_other_widths_and_none(adapter_module, full_size_config, pipeline):
     config = dict(full_size_config, transformer_layers_per_block=1, addition_embed_type=None, encoder_hid_dim=None)
     config |= {"encoder_hid_dim_type": None, "cross_attention_dim": 768}
     for name in ("down_block_types", "up_block_types"):
-        config[name] = (
-            tuple(block.replace("DownBlock2D", "CrossAttnDownBlock2D") for block in config[name][:1])
-            + tuple(config[name][1:])
-        )
+        first, *others = config[name]
+        config[name] = [first.replace("DownBlock2D", "CrossAttnDownBlock2D"), *others]
     with init_empty_weights():
         other = UNet2DConditionModel.from_config(config)
         adapter = adapter_module.new_adapter(other)
