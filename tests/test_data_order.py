@@ -257,6 +257,21 @@ def test_loader(workers):
     assert set(more) == pids
 
 
+def test_micro_batches():
+    """Catches a column of a row that is lost on the way to the loss, unequal shapes that are stacked, and places that
+    do not say which samples they are."""
+    rows = [
+        {"latents": torch.full((4, 2, 3), float(n)), "prompt_embeds": torch.zeros(3 + n, 5), "mask": torch.ones(2, 2)}
+        for n in range(2)
+    ]
+    places = [order.Place(7, 11, n, (7, 8, 9)) for n in (2, 0)]
+    batch = loader.collate([{**row, "name": "x", **loader.of_place(p)} for row, p in zip(rows, places)])
+    assert batch["latents"].shape == (2, 4, 2, 3) and batch["latents"][1].eq(1).all() and batch["mask"].shape[0] == 2
+    assert [embeds.shape for embeds in batch["prompt_embeds"]] == [(3, 5), (4, 5)] and batch["name"] == ["x", "x"]
+    assert (batch["step"], batch["group_size"], batch["positions"]) == (11, 3, [2, 0])
+    assert loader.collate([{"latents": torch.zeros(3)}]).keys() == {"latents"}  # a held-out row has no place
+
+
 CRASH = """
 import sys
 sys.path.insert(0, {root!r})
