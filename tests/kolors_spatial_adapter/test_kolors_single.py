@@ -123,6 +123,7 @@ def test_generation_alone(train, config, tmp_path, adapter_module, pipeline):
     ours, theirs = (load_file(tmp_path / name / "export/adapter/adapter_model.safetensors") for name in "ab")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert adapter_module.load_adapter(tmp_path / "b/export/adapter", pipeline.unet).cfg.max_objects == 4
+    assert train.Config(adapter_path=str(tmp_path / "b/export/adapter"), max_objects=9).slots() == 4
 
 
 # ---- what compute_loss gives the model
