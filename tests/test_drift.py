@@ -78,7 +78,6 @@ IN_TWO_RECIPES = {
     "common.data.cache.Item": "a row or a text; edits and boxes encode more than that",
     "common.data.loader.CachedSamples": "rows that are one entry of the cache; of edits and boxes they are several",
     "common.settings.Buckets": "the adapter on boxes and edits have a size of their own name",
-    "common.step.flow_matching.checkpoint_shift": "of the two that have no other rule",
 }
 CHOICES_DIFFER = {
     "mixed_precision": "fp16 is for adapters alone",
