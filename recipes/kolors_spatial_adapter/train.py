@@ -9,10 +9,9 @@ modes and their losses in modes.py, rows with boxes in layouts.py and boxes.py; 
 in common/settings.py.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -422,11 +421,9 @@ def main(argv: list[str] | None = None) -> None:
         flops={mode: flops / side**2 for mode, flops in mode_flops(unet.to_json_string(), side).items()},
         vae=load_vae(folder, run.device, run.compute_dtype) if run.validates else None,
     )
-    adapter_config = dataclasses.asdict(spatial_model.adapter.cfg)  # so that load_adapter reads checkpoints too
-    state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, adapter_config)
+    state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, asdict(spatial_model.adapter.cfg))
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
-    # the old run's files go now, when nothing can fail any more
-    meter = metrics.start(run, cfg, state, NONFINITE_STEPS if run.accelerator.scaler else 0)
+    meter = metrics.start(run, cfg, state, NONFINITE_STEPS if run.accelerator.scaler else 0)  # old results go now
     batches = loader.make_loader(data.dataset, sampler, cfg.data.dataloader_num_workers, cfg.run.seed)
     batches = meter.watch(each_mode(batches, modes))
     step = state.step
