@@ -67,7 +67,7 @@ def resolution_shift(image_tokens: int, scheduler_config: dict) -> float:
 
 def checkpoint_shift(image_tokens: int, scheduler_config: dict) -> float:
     """The checkpoint's own shift of sigma at so many image tokens: exp of its dynamic mu."""
-    return torch.tensor(resolution_shift(image_tokens, scheduler_config)).exp().item()
+    return math.exp(resolution_shift(image_tokens, scheduler_config))
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

@@ -284,7 +284,7 @@ def sigma_shift(cfg: Config, scheduler_config: dict, image_tokens: int) -> float
     """How far shift_rule moves sigma towards noise for a picture of so many tokens (references do not count)."""
     if cfg.shift_rule == "empirical":
         return math.exp(compute_empirical_mu(image_tokens, cfg.drawing.num_inference_steps))
-    return math.exp(fm.resolution_shift(image_tokens, scheduler_config))
+    return fm.checkpoint_shift(image_tokens, scheduler_config)
 
 
 def sample_errors(models: Models, batch: dict, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
