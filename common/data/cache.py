@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,17 @@ def encode_missing(run: Run, cache: EmbeddingCache, items: dict[str, Any], encod
     """Call encode({key: item}) with this process's share of what the cache lacks of `items`; what that loaded then
     leaves memory. Every process calls it, and finds afterwards what all have added."""
     missing = on_main(run, cache.missing, list(items))
-    if missing:
-        encode({key: items[key] for key in run.share_of(missing)})
-        gc.collect()
-        torch.cuda.empty_cache()
+    with filling(run, cache):
+        if missing:
+            encode({key: items[key] for key in run.share_of(missing)})
+
+
+@contextmanager
+def filling(run: Run, cache: EmbeddingCache) -> Iterator[None]:
+    """Around what adds this process's share to the cache."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
     cache.flush()
     run.barrier()
     cache.reload()

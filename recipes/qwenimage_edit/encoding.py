@@ -31,7 +31,7 @@ from common.data.images import image_to_tensor
 from common.data.loader import of_place
 from common.data.manifest import Record
 from common.data.order import Place
-from common.processes import Run
+from common.processes import Run, on_main
 
 
 class Encoders:
@@ -176,21 +176,21 @@ def what_to_encode(
 ) -> dict[str, Picture | Instruction]:
     """By cache key: targets, sources and prompts of rows as they will be seen, and the prompts that validation draws.
     The empty prompt has the sources in it, so that every row has its own."""
-    targets, of_rows, prompts = {}, {}, {}
+    pictures, prompts = {}, {}
     for rows, views in parts:
         for view in sorted(views):
             record = rows.records[view.row]
             sizes = [source_size(size) for size in record.source_sizes]
             sources = [Picture(size, record, which, view.frame) for which, size in enumerate(sizes)]
-            targets[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame)
-            of_rows |= {source_key(embeddings, record, view, source.which): source for source in sources}
+            pictures[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame)
+            pictures |= {source_key(embeddings, record, view, source.which): source for source in sources}
             prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(record.text, sources)
             if cfg.pictures.caption_dropout:
                 prompts[prompt_key(embeddings, record, view, empty=True)] = Instruction(EMPTY, sources)
     for edit in shown:
         prompts[edit.key(embeddings, empty=False)] = Instruction(edit.text, edit.sources)
         prompts[edit.key(embeddings, empty=True)] = Instruction(EMPTY, edit.sources)
-    return {**targets, **of_rows, **prompts}  # one kind after the other: every process gets its share of each
+    return {**pictures, **prompts}
 
 
 def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[list[list[str]]]:
@@ -205,22 +205,31 @@ def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[l
     return [same[at : at + batch_size] for same in by_size.values() for at in range(0, len(same), batch_size)]
 
 
-def encode(
-    cfg: EditConfig,
-    run: Run,
-    folder: Path,
-    embeddings: EmbeddingCache,
-    items: dict[str, Picture | Instruction],
+def encode_missing(
+    cfg: EditConfig, run: Run, folder: Path, embeddings: EmbeddingCache, wanted: dict[str, Picture | Instruction]
 ) -> None:
-    """Add what the encoders make of pictures and instructions."""
+    """Add what the cache lacks of pictures and instructions. Every process calls it, and finds afterwards what all
+    have added."""
+    missing = on_main(run, embeddings.missing, list(wanted))
+    with cache.filling(run, embeddings):
+        if missing:
+            encode(cfg, run, folder, embeddings, {key: wanted[key] for key in missing})
+
+
+def encode(
+    cfg: EditConfig, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, Picture | Instruction]
+) -> None:
+    """Add this process's share of items. Whole batches of pictures are shared out: the VAE makes the same of them, to
+    the last bit, however many processes there are."""
     encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
     pictures = {key: item for key, item in items.items() if isinstance(item, Picture)}
-    prompts = {key: item for key, item in items.items() if isinstance(item, Instruction)}
-    for batch in run.progress(batches_of_one_size(pictures, cfg.vae_mini_batch), "encode pictures"):
+    prompts = [(key, item) for key, item in items.items() if isinstance(item, Instruction)]
+    batches = batches_of_one_size(pictures, cfg.vae_mini_batch)
+    for batch in run.progress(run.share_of(batches), "encode pictures"):
         pixels = [encoders.pixels(pictures[keys[0]], cfg.data.train_data_dir) for keys in batch]
         for keys, tensors in zip(batch, encoders.latents(pixels, cfg.flow.cache_moments), strict=True):
             for key in keys:
                 embeddings.add(key, tensors)
-    for key, (text, sources) in run.progress(prompts.items(), "encode instructions"):
+    for key, (text, sources) in run.progress(run.share_of(prompts), "encode instructions"):
         images = [each.load(cfg.data.train_data_dir) if isinstance(each, Picture) else each for each in sources]
         embeddings.add(key, encoders.prompt(text, images))

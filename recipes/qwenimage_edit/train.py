@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +27,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from torch import Tensor
 
 from common import rules, settings
-from common.data import cache, loader, order
+from common.data import loader, order
 from common.model import export, loading
 from common.model.ema import Ema, evaluating
 from common.processes import Run, on_main
@@ -140,7 +139,7 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
     to_see = train.views(cfg, sampler, cfg.batch.steps_for(len(data), run.world_size))
     held_out_views = held_out.first_views(cfg)
     items = encoding.what_to_encode(cfg, embeddings, [(train, to_see), (held_out, set(held_out_views))], shown)
-    cache.encode_missing(run, embeddings, items, partial(encoding.encode, cfg, run, folder, embeddings))
+    encoding.encode_missing(cfg, run, folder, embeddings, items)
     run.print(
         f"{len(data)} rows to train on, {len(held_out_views)} held out; {order.describe_buckets(data.bucket_ids)}"
     )

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from transformers import Qwen2VLProcessor
 
 from common import rules
-from common.data.cache import encode_missing
 from common.data.loader import collate
 from common.data.manifest import Record
 from common.data.order import MicroBatchSampler
@@ -508,7 +506,7 @@ def test_vae_mini_batch_changes_nothing(
         loaded, _ = load_rows(cfg)
         views = [loaded.view(cfg, n, 0, 0) for n in range(6)]
         wanted = encoding.what_to_encode(cfg, cache, [(loaded, set(views))], [])
-        encode_missing(run, cache, wanted, partial(encoding.encode, cfg, run, fine_folder, cache))
+        encoding.encode_missing(cfg, run, fine_folder, cache, wanted)
         entries[mini_batch] = [
             encoding.load_view(cache, record, view, False) for record, view in zip(loaded.records, views)
         ]

@@ -3,7 +3,6 @@ same names, shapes, dtypes, values, from the manifest on."""
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from diffusers import (
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data.cache import encode_missing
 from common.data.loader import collate
 from common.data.order import Place
 from common.step.flow_matching import (
@@ -119,7 +117,7 @@ def world_of(train, settings, make_tiny, write_model, fine_folder, folder, proce
         cache = train.encoding.open_cache(cfg, run, model)
         rows, _ = train.edits.load_rows(cfg, run, train.token_side(cfg, model), set())
         wanted = train.encoding.what_to_encode(cfg, cache, [(rows, set(rows.first_views(cfg)))], [])
-        encode_missing(run, cache, wanted, partial(train.encoding.encode, cfg, run, model, cache))
+        train.encoding.encode_missing(cfg, run, model, cache, wanted)
         # a schedule without shift and stretch, so that the pipeline can be told which sigma to use
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model / "scheduler", use_dynamic_shifting=False, shift_terminal=None, shift=1.0
