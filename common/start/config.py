@@ -1,8 +1,11 @@
 """One parser for a recipe's settings: a YAML file becomes flags before the command line's, and the last value wins."""
 
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import tyro
@@ -10,6 +13,7 @@ import yaml
 
 from common import rules
 from common.settings import Shared
+from common.start import names
 
 ConfigClass = TypeVar("ConfigClass")
 
@@ -22,8 +26,8 @@ def yaml_to_flags(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"no config file {path}; in that folder there are: {', '.join(names) or 'none'}")
+        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"no config file {path}; in that folder there are: {', '.join(there) or 'none'}")
     content = yaml.safe_load(path.read_text()) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}")
@@ -45,11 +49,17 @@ def _flags(mapping: dict, prefix: str) -> list[str]:
     return flags
 
 
-def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None) -> ConfigClass:
+def parse_config(
+    config_class: type[ConfigClass],
+    argv: list[str] | None = None,
+    second_names: Mapping[str, str] = MappingProxyType({}),
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> ConfigClass:
     """Read `[--config FILE.yaml] [--flag value ...]` into a dataclass whose attribute docstrings are the help.
 
     Underscores and dashes are the same in flags; `--flag` and `--no-flag` set booleans. An unknown flag or YAML key
-    ends the program with the nearest known names. Rules are looked at when the last value has won.
+    ends the program with the nearest known names. second_names: {other name of a flag, or group.key of a nested YAML:
+    its name here}; skipped: {flag of another script with nothing to set here: why}.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags: list[str] = []
@@ -61,15 +71,24 @@ def parse_config(config_class: type[ConfigClass], argv: list[str] | None = None)
         del argv[at : at + 2]
     quiet = os.environ.get("RANK", "0") != "0"  # a mistake is shown once, not by every process
     options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}
-    return tyro.cli(config_class, args=flags + argv, **options)
+    options["description"] = inspect.getdoc(config_class) + names.described(second_names, skipped)
+    return tyro.cli(config_class, args=names.translated(flags + argv, second_names, skipped), **options)
 
 
-def parse_recipe(config_class: type[ConfigClass], argv: list[str] | None = None) -> ConfigClass:
-    """parse_config for a recipe's Config, with its rules. Of max_train_steps and num_train_epochs a YAML's steps give
-    way to epochs; when the command line gives both, steps count, as in diffusers' scripts."""
-    cfg: Shared = parse_config(config_class, argv)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+def parse_recipe(
+    config_class: type[ConfigClass],
+    argv: list[str] | None = None,
+    second_names: Mapping[str, str] = MappingProxyType({}),
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> ConfigClass:
+    """parse_config for a recipe's Config, with its rules; accelerate, torchrun and deepspeed may have started it.
+
+    Of max_train_steps and num_train_epochs a YAML's steps give way to epochs; when the command line gives both, steps
+    count, as in diffusers' scripts.
+    """
+    argv = names.take_launcher_flags(sys.argv[1:] if argv is None else argv)
+    cfg: Shared = parse_config(config_class, argv, second_names, skipped)
+    given = {names.plain(word) for word in names.translated(argv, second_names, skipped) if word.startswith("--")}
     if {"num_train_epochs", "max_train_steps"} <= given:
         cfg.batch.num_train_epochs = 0
     check(cfg)
