@@ -79,7 +79,7 @@ class Config:
     quantization: Literal["nf4", "none"] = "nf4"
     """keep the frozen base in 4 bits (NF4 with double quantisation), or in the compute precision"""
     lora_rank: int = 8
-    """rank of the LoRA adapters"""
+    """rank of the LoRA adapters; 0, in recipes that can do without, trains the model's own weights"""
     lora_alpha: int = 16
     """an adapter's output is multiplied by lora_alpha / lora_rank"""
     lora_dropout: float = 0.05
