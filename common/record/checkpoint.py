@@ -17,7 +17,7 @@ from common.model.export import SHARD_BYTES, write_shards
 from common.model.loading import safetensors_reader
 from common.model.streaming import at_home
 from common.processes import Run
-from common.record import nvme
+from common.record import integrity, nvme
 from common.record.folder import STATE_FILE, list_checkpoints, read_state
 from common.settings import Shared
 
@@ -138,14 +138,13 @@ def save_checkpoint(
             (partial / name).write_text(text)
     run.barrier()
     if run.is_main:
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        integrity.seal(partial)
+        if final.exists():
+            integrity.remove(final)
         os.rename(partial, final)
-        for old in list_checkpoints(output_dir)[: -limit or None] if limit else []:
-            shutil.rmtree(old)
+        integrity.sync(final.parent)
+        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+            integrity.remove(old)
     run.barrier()
     return final
 
@@ -180,7 +179,7 @@ def load_checkpoint(
     else:
         with at_home(run.unwrap(model)):
             _load_replicated(run.unwrap(model), folder / "model")
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=False, mmap=True)
+            saved = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True)
             optimizer.load_state_dict(saved)
     if run.accelerator.scaler is not None and (folder / "scaler.pt").is_file():
         run.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt"))
@@ -266,9 +265,7 @@ def _load_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim
         dcp.load(moments, checkpoint_id=folder / "optimizer", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
         set_optimizer_state_dict(model, _bare(optimizer), moments)
     else:
-        _bare(optimizer).load_state_dict(
-            torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu", weights_only=False)
-        )
+        _bare(optimizer).load_state_dict(torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu"))
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -15,36 +15,44 @@ import yaml
 
 from common import rules
 from common.processes import Run
+from common.record import integrity
 
 STATE_FILE = "trainer_state.json"
 # what a run leaves beside its checkpoints
 RESULTS = ("validation_images/", "export/", "best/", "final/", "evaluation/")
 
 
-def claim_output_dir(output_dir: str | Path, resume: Path | None, overwrite: bool, delete: bool = True) -> None:
+def claim_output_dir(
+    output_dir: str | Path, resume: Path | None, overwrite: bool, delete: bool = True, asked: str | None = None
+) -> None:
     """Make the folder. ValueError when this run would mix its files with an earlier one's; `overwrite` deletes those.
 
     Called twice: at first with delete=False, and again when data and model are there, so that a mistake in the
     settings deletes nothing.
+
+    asked: resume_from_checkpoint; "latest" with nothing to go on from begins anew, whatever pictures lie there, and
+    what is newer than the checkpoint that it found is damaged.
 
     A new run must find no checkpoints and none of RESULTS, and a resumed one no checkpoints newer than its own:
     "latest" must never mean another branch.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = list_checkpoints(folder)
+    found, latest = checkpoint_folders(folder), asked == "latest"
     if resume is None:
-        earlier = [*(p.name for p in checkpoints), *(name for name in RESULTS if (folder / name).exists())]
+        earlier = [*(p.name for p in found), *(name for name in RESULTS if (folder / name).exists())]
     else:
         inside = resume.resolve().parent == folder.resolve()
-        earlier = [p.name for p in checkpoints if not inside or _step(p) > _step(resume)]
-    if earlier and not overwrite:
+        earlier = [p.name for p in found if not inside or _step(p) > _step(resume)]
+    if earlier and not (overwrite or latest):  # what is newer than "latest" is damaged
         raise ValueError(
             f"output_dir {folder} holds {earlier[0]} of another run; go on with --resume_from_checkpoint latest, "
             "take another --output_dir, or delete it with --overwrite_output_dir"
         )
-    for path in [*(folder / name for name in earlier), *folder.glob("checkpoint-*.partial")] if delete else []:
-        shutil.rmtree(path)
+    if delete:
+        left = [*folder.glob("checkpoint-*.partial"), *folder.glob("checkpoint-*.removed")]
+        for path in [*(folder / name for name in earlier), *left]:
+            shutil.rmtree(path)
 
 
 def _step(checkpoint: Path) -> int:
@@ -56,34 +64,40 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE_FILE).read_text())
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest step first."""
-    found = [
-        p
-        for p in Path(output_dir).glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE_FILE).is_file()
-    ]
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """checkpoint-<step> folders, whole or not, oldest step first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=_step)
 
 
-def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` means: None starts anew, "latest" is the newest complete one.
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest step first: those whose manifest is there and holds, sizes only."""
+    return [folder for folder in checkpoint_folders(output_dir) if not integrity.damage(folder, hashes=False)]
 
-    None if there is none; anything else is a path.
-    """
+
+def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The folder that `resume_from_checkpoint` means, every byte of it verified: None starts anew, "latest" is the
+    newest whole one, None if there is none; anything else is a path."""
     if not resume:
         return None
     if resume == "latest":
-        found = list_checkpoints(output_dir)
-        return found[-1] if found else None
-    for folder in (Path(resume), Path(output_dir) / resume):
-        if (folder / STATE_FILE).is_file():
-            return folder
-    names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-    raise ValueError(
-        f"resume_from_checkpoint {resume!r} is no complete checkpoint; "
-        f"in {output_dir} there are: {names}. Or say latest"
-    )
+        for folder in reversed(checkpoint_folders(output_dir)):
+            if not (damage := integrity.damage(folder, hashes=True)):
+                return folder
+            print(f"{folder} cannot be used: {damage}; looking for the one before it", flush=True)
+        if checkpoint_folders(output_dir):
+            raise ValueError(f"no checkpoint in {output_dir} is whole; begin anew with --overwrite_output_dir")
+        print(f"no checkpoint to go on from in {output_dir}: this run starts anew", flush=True)
+        return None
+    folder = next((path for path in (Path(resume), Path(output_dir) / resume) if path.is_dir()), None)
+    damage = integrity.damage(folder, hashes=True) if folder else "it is no folder"
+    if damage:
+        names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+        raise ValueError(
+            f"resume_from_checkpoint {resume!r} is no complete checkpoint: {damage}; "
+            f"in {output_dir} there are: {names}. Or say latest"
+        )
+    return folder
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -92,7 +106,17 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a JSON Lines file. A last line that was torn by a kill is left out; ValueError names any other."""
+    lines = path.read_text().split("\n") if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(f"{path} line {number} is damaged; delete that line") from error
+    return rows
 
 
 def keep_rows_until(path: Path, step: int) -> None:

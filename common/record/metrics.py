@@ -33,7 +33,8 @@ LOOK_AT = ("validation_images/ (grid.png in each step's folder)", "curves.png")
 def start(run: Run, cfg: Shared, state: State, max_nonfinite_steps: int = 0) -> "Meter":
     """Now that nothing can fail any more, delete what an earlier run left where that is wanted, write down settings
     and environment, and begin to measure."""
-    on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir)
+    asked = cfg.run.resume_from_checkpoint
+    on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, True, asked)
     if run.is_main:
         save_config(cfg, Path(cfg.run.output_dir) / "config.yaml")
         write_environment(run, cfg.run.output_dir)

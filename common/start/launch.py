@@ -76,7 +76,8 @@ def set_up(
         resume=None,
     )
     run.resume = on_main(run, find_checkpoint, cfg.run.output_dir, cfg.run.resume_from_checkpoint)
-    on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, delete=False)
+    asked = cfg.run.resume_from_checkpoint
+    on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, False, asked)
     return run
 
 
@@ -97,8 +98,12 @@ def _read_launch_file(recipe_dir: Path) -> tuple[dict[str, str], bool]:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
         # launch files name deepspeed/zero3.json relative to their recipe, whatever the working directory is
         path = Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
-        if not path.is_absolute() and (recipe_dir / path).is_file():
-            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(recipe_dir / path)
+        places = [recipe_dir / path, recipe_dir / "deepspeed" / path, Path.cwd() / path]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            there = sorted(place.name for place in (recipe_dir / "deepspeed").glob("*.json"))
+            raise ValueError(f"no DeepSpeed file {path}; in the recipe's deepspeed/ there are: {', '.join(there) or 'none'}")
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
     return fsdp, uses_deepspeed
 
 
@@ -160,6 +165,9 @@ def _fill_deepspeed_config(
     ds["train_batch_size"] = cfg.batch.train_batch_size * micro_steps * world_size
     ds["gradient_clipping"] = cfg.optim.max_grad_norm
     ds["bf16"] = {**ds.get("bf16", {}), "enabled": cfg.precision.mixed_precision == "bf16"}
+    for section in ("optimizer", "scheduler"):
+        if ds.pop(section, None) is not None:
+            accelerator.print(f"the DeepSpeed file's section {section} is skipped: the config decides")
     zero = ds["zero_optimization"]
     for section in ("offload_param", "offload_optimizer"):
         if zero.get(section, {}).get("device") == "nvme":

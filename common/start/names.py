@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 def plain(word: str) -> str:
@@ -43,7 +44,7 @@ def described(second_names: Mapping[str, str], skipped: Mapping[str, str]) -> st
 
 def take_launcher_flags(words: Sequence[str]) -> list[str]:
     """Leave out what the deepspeed launcher adds to a script's flags, and hand it to accelerate as its own launcher
-    would: --deepspeed, --deepspeed_config FILE and --local_rank N."""
+    would: --deepspeed, --deepspeed_config FILE (of the working directory, or else of the recipe) and --local_rank N."""
     result: list[str] = []
     words = list(words)
     while words:
@@ -53,7 +54,7 @@ def take_launcher_flags(words: Sequence[str]) -> list[str]:
             value = value or (words.pop(0) if words else "")
             if name == "--deepspeed_config":
                 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-                os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = value
+                os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.abspath(value) if Path(value).is_file() else value
         elif name != "--deepspeed":
             result.append(word)
     return result

@@ -19,6 +19,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
 
 from common.model import loading
+from common.record import integrity
 from common.start import plan
 from common.start.config import parse_recipe
 from common.start.folders import part_config
@@ -97,6 +98,7 @@ def test_a_checkpoint_of_another_strategy_is_refused(train, config, straight, tm
     shutil.copytree(straight / "checkpoint-4", folder)
     state = json.loads((folder / "trainer_state.json").read_text())
     (folder / "trainer_state.json").write_text(json.dumps({**state, "launch": "zero3", "strategy": "zero3"}))
+    integrity.seal(folder)
     with pytest.raises(ValueError, match=r"saved by LAUNCH=zero3 and this run is single: resume with LAUNCH=zero3"):
         run_main(train, ["--config", config, "--output_dir", tmp_path, "--resume_from_checkpoint", folder])
 
@@ -306,7 +308,7 @@ def test_a_used_folder_is_not_overwritten(train, config, straight):
         (["--caption_dropout", "1.5"], "caption_dropout is a share between 0 and 1, got 1.5"),
         (["--num_inference_steps", "1"], "num_inference_steps must be at least 2, got 1"),
         (["--gradient_release"], "gradient_release is not possible: optimizer adamw.*; max_grad_norm is 1.0"),
-        (["--resume_from_checkpoint", "checkpoint-5"], "'checkpoint-5' is no complete checkpoint; .*latest"),
+        (["--resume_from_checkpoint", "checkpoint-5"], "'checkpoint-5' is no complete checkpoint: .*latest"),
         (["--validation_prompts", "/no/such/prompts.txt"], "validation_prompts names /no/such/prompts.txt"),
         (
             ["--transformer_path", "{tmp}"],
