@@ -20,6 +20,11 @@ from common.data.manifest import Record
 # ---- aspect buckets
 
 
+USUAL_SIZES = {  # that models are known to draw at a resolution: such pictures stay as they are
+    1328: {(1664, 928), (928, 1664), (1584, 1056), (1056, 1584), (1472, 1104), (1104, 1472)},
+}
+
+
 def make_buckets(resolution: int, step: int = 32, max_aspect: float = 2.0) -> list[tuple[int, int]]:
     """(width, height) pairs of about resolution squared pixels, sides multiples of `step`, up to max_aspect : 1."""
     if resolution < step or resolution % step:
@@ -30,7 +35,8 @@ def make_buckets(resolution: int, step: int = 32, max_aspect: float = 2.0) -> li
         height = round(resolution**2 / width / step) * step
         if height and width / height <= max_aspect and 0.8 <= width * height / resolution**2 <= 1.25:
             buckets |= {(width, height), (height, width)}
-    return sorted(buckets)
+    usual = {size for size in USUAL_SIZES.get(resolution, ()) if size[0] % step == size[1] % step == 0}
+    return sorted(buckets | usual)
 
 
 def choose_buckets(records: Sequence[Record], resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
