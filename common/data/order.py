@@ -46,8 +46,12 @@ def choose_buckets(records: Sequence[Record], resolution: int, multiple: int = 3
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose log aspect is nearest; the larger of two equals."""
-    return min(buckets, key=lambda size: (abs(math.log(width / height * size[1] / size[0])), -size[0] * size[1]))
+    """The bucket whose log aspect is nearest; of equals the largest that does not enlarge the picture."""
+
+    def distance(size: tuple[int, int]) -> tuple[float, bool, int]:
+        return abs(math.log(width / height * size[1] / size[0])), size[0] > width, -size[0] * size[1]
+
+    return min(buckets, key=distance)
 
 
 def data_digest(records: Sequence[Record], bucket_ids: Sequence[int | tuple[int, int]]) -> str:
