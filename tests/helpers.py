@@ -2,6 +2,7 @@
 launch`."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,6 +127,21 @@ def accelerate_command(recipe: Path, launch: str | Path, processes: int, argv: S
     return [str(word) for word in (*words, recipe / "train.py", *argv)]
 
 
+@contextlib.contextmanager
+def locked(name: str, alone: bool = True) -> Iterator[None]:
+    """One of the test processes at a time. alone=False: with others that do not ask to be alone."""
+    with (Path(tempfile.gettempdir()) / f"finetuning_recipes_{os.getuid()}_{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def make_tiny_base(recipe: Path) -> None:
+    """The base in outputs/ that run.sh makes when there is none: here, so that two that start at once do not."""
+    if recipe in RECIPES:
+        with locked(f"tiny_base_{recipe.name}"):
+            load_script(recipe / "make_tiny.py").make(ROOT / "outputs" / recipe.name / "tiny_base")
+
+
 def run_command(command: Sequence[object], timeout: float = 600, **environment: str) -> Launched:
     """Run a command on the CPU, stdout and stderr together; its whole process group is ended when it takes too
     long."""
@@ -139,6 +156,9 @@ def run_command(command: Sequence[object], timeout: float = 600, **environment: 
 
 
 def start_command(command: Sequence[object], **environment: str) -> subprocess.Popen:
+    for script in (Path(str(word)) for word in command[:2]):
+        if script.name == "run.sh":
+            make_tiny_base(script.parent)
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     variables |= {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
     return subprocess.Popen(
@@ -154,8 +174,10 @@ def start_command(command: Sequence[object], **environment: str) -> subprocess.P
 
 
 def launch(recipe: Path, strategy: str | Path, processes: int, argv: Sequence[object], **environment: str) -> Launched:
-    """Run a recipe through its launch file and wait for it."""
-    return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
+    """Run a recipe through its launch file and wait for it. NVMe offload has the machine to itself: where a process
+    waits for its files while others run, gloo takes it for lost."""
+    with locked("launched_runs", alone="nvme" in str(strategy)):
+        return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
 
 
 class NamedRuns:
@@ -227,10 +249,11 @@ def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def tracked_files() -> list[Path]:
-    """Files that git tracks or would track."""
+    """Files that git tracks or would track, without the copies that other tests make meanwhile."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    names = [name for name in names if name and "/copied_by_a_test_" not in name]
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def between(text: str, start: str, end: str) -> str:

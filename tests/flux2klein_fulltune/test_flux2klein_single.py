@@ -1,17 +1,15 @@
-"""Runs of one process, in this process: exact resume, batch equivalence, what a run leaves, golden losses, users'
-mistakes."""
+"""Runs of one process, in this process: exact resume, batch equivalence, what a run leaves, users' mistakes."""
 
 import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_main, weights
+from helpers import column, largest_difference, read_rows, run_main, weights
 from PIL import Image
 
 from common.data.manifest import Record
@@ -19,7 +17,6 @@ from common.data.order import choose_buckets
 from common.start.config import parse_recipe
 from common.step.optimizers import check_optimizer
 
-GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
 STEPS = 6
 KEPT = ["--max_train_steps", STEPS, "--checkpointing_steps", 3, "--ema_decay", 0.9, "--export_model"]
 
@@ -160,20 +157,6 @@ def test_gradient_release_through_the_recipe(train, config, tmp_path):
     run_main(train, ["--config", config, "--output_dir", tmp_path / "release", *flags, "--gradient_release"])
     for name in ("loss", "grad_norm"):
         assert largest_difference(column(tmp_path / "release", name), column(tmp_path / "plain", name)) < 1e-5
-
-
-# ---- golden losses
-
-
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden losses yet: python tests/update_golden.py")
-def test_golden_losses(recipe, tmp_path):
-    """Catches any change of what the tiny run computes. Meant? Then say why in LOG.md and run
-    tests/update_golden.py."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from update_golden import first_losses
-
-    expected = json.loads(GOLDEN.read_text())["losses"]
-    assert len(expected) == 20 and first_losses(recipe, tmp_path) == pytest.approx(expected, rel=1e-3)
 
 
 # ---- users' mistakes

@@ -1,22 +1,20 @@
 """Runs of one process, in this process: exact resume, batch equivalence, what a run leaves, parts that train, LoRA,
-golden losses, users' mistakes."""
+users' mistakes."""
 
 import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_main, weights
+from helpers import column, largest_difference, read_rows, run_main, weights
 from PIL import Image
 from safetensors.torch import load_file
 
-GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
 STEPS = 6
 KEPT = ["--max_train_steps", STEPS, "--checkpointing_steps", 3, "--ema_decay", 0.9, "--export_model"]
 LORA = ["--lora_rank", 4, "--lora_alpha", 32, "--learning_rate", 0.01]
@@ -278,20 +276,6 @@ def test_lora_file_gives_the_trained_model(lora, model_folder, data_folder, numb
     print(f"moved {moved:.2f}, file to validation {distance:.2f}")
     assert moved > 2 and distance < 0.1
     assert not (lora / "export/transformer").exists()
-
-
-# ---- golden losses
-
-
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden losses yet: python tests/update_golden.py")
-def test_golden_losses(recipe, tmp_path):
-    """Catches any change of what the tiny run computes. Meant? Then say why in LOG.md and run
-    tests/update_golden.py."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from update_golden import first_losses
-
-    expected = json.loads(GOLDEN.read_text())["losses"]
-    assert len(expected) == 20 and first_losses(recipe, tmp_path) == pytest.approx(expected, rel=1e-3)
 
 
 # ---- users' mistakes

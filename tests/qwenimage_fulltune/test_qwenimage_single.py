@@ -1,5 +1,4 @@
-"""Runs of one process, in this process: exact resume, a stop signal, batch equivalence, golden losses, users'
-mistakes."""
+"""Runs of one process, in this process: exact resume, a stop signal, batch equivalence, users' mistakes."""
 
 import contextlib
 import json
@@ -8,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -16,16 +14,13 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import ROOT, column, largest_difference, read_rows, run_command, run_main, weights
+from helpers import column, largest_difference, read_rows, run_command, run_main, weights
 
 from common.model import loading
 from common.record import integrity
 from common.start import plan
 from common.start.config import parse_recipe
 from common.start.folders import part_config
-
-GOLDEN = ROOT / "tests/golden" / f"{Path(__file__).parent.name}.json"
-
 
 # ---- resume and stop
 
@@ -242,25 +237,6 @@ def test_the_tracker_gets_the_metrics(train, config, tmp_path, monkeypatch):
     logged = [call.args[0] for call in run.log.call_args_list]
     assert [row["loss"] for row in logged] == list(column(tmp_path).values()) and "grad_norm" in logged[0]
     assert run.finish.called
-
-
-# ---- golden losses
-
-
-@pytest.fixture(scope="module")
-def golden(recipe, tmp_path_factory) -> list[float]:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from update_golden import first_losses
-
-    return first_losses(recipe, tmp_path_factory.mktemp("golden"))
-
-
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden losses yet: python tests/update_golden.py")
-def test_golden_losses(golden):
-    """Catches any change of what the tiny run computes. Meant? Then say why in LOG.md and run
-    tests/update_golden.py."""
-    expected = json.loads(GOLDEN.read_text())["losses"]
-    assert len(expected) == 20 and golden == pytest.approx(expected, rel=1e-3)
 
 
 # ---- one card
