@@ -15,6 +15,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class DiskFull(ValueError):
+    """A checkpoint that could not be written: nothing to be tried again before somebody has made room."""
+
+
 @dataclass
 class Stop:
     """Whether this process was asked to stop, and whether all have agreed to."""

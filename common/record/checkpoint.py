@@ -16,7 +16,7 @@ from common.model.ema import Ema
 from common.model.export import SHARD_BYTES, write_shards
 from common.model.loading import safetensors_reader
 from common.model.streaming import at_home
-from common.processes import Run
+from common.processes import DiskFull, Run
 from common.record import integrity, nvme
 from common.record.folder import STATE_FILE, list_checkpoints, read_state
 from common.settings import Shared
@@ -88,7 +88,15 @@ def save(
     }
     files = {"config.json": json.dumps(state.config, indent=2)} if state.config else {}
     limit = cfg.run.checkpoints_total_limit
-    folder = save_checkpoint(run, cfg.run.output_dir, step, model, optimizer, ema, values, limit, files)
+    output_dir = cfg.run.output_dir
+    try:
+        folder = save_checkpoint(run, output_dir, step, model, optimizer, ema, values, limit, files)
+    except Exception as error:
+        if not integrity.is_full_disk(error):
+            raise
+        shutil.rmtree(Path(output_dir) / f"checkpoint-{step}.partial", ignore_errors=True)
+        whole = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        raise DiskFull(f"the disk of {output_dir} is full at step {step}; whole checkpoints: {whole}") from error
     run.print(f"saved {folder}")
 
 

@@ -3,6 +3,7 @@
 The hashes guard against damage, not against malice: whoever can write the files can write the manifest.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -63,6 +64,12 @@ def damage(folder: Path, hashes: bool) -> str:
             if found != digest:
                 return f"{file.relative_to(folder)} is not what was written"
     return ""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of a write, by whatever library, means that the disk or a quota is full."""
+    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return known or "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def remove(folder: Path) -> None:

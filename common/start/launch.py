@@ -101,8 +101,8 @@ def _read_launch_file(recipe_dir: Path) -> tuple[dict[str, str], bool]:
         places = [recipe_dir / path, recipe_dir / "deepspeed" / path, Path.cwd() / path]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
-            there = sorted(place.name for place in (recipe_dir / "deepspeed").glob("*.json"))
-            raise ValueError(f"no DeepSpeed file {path}; in the recipe's deepspeed/ there are: {', '.join(there) or 'none'}")
+            there = ", ".join(sorted(place.name for place in (recipe_dir / "deepspeed").glob("*.json")))
+            raise ValueError(f"no DeepSpeed file {path}; in the recipe's deepspeed/ there are: {there or 'none'}")
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
     return fsdp, uses_deepspeed
 
@@ -218,11 +218,13 @@ def prepare(
 
 def _handle_signals() -> None:
     def ask_to_stop(signum: int, frame: object) -> None:
-        if stop.asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        if signum == signal.SIGINT and interrupted:
+            raise KeyboardInterrupt  # the second Ctrl-C
+        interrupted.extend([signum] * (signum == signal.SIGINT))
         stop.asked = True
 
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    interrupted: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(name, ask_to_stop)
 
 

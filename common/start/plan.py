@@ -13,10 +13,11 @@ import psutil
 import torch
 
 from common.model.streaming import N_SLOTS, blocks_to_stream, repeated_blocks
-from common.processes import Run, stop
+from common.processes import DiskFull, Run, stop
 from common.settings import Shared
 from common.step.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
 
+MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
 # a parameter
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
 
@@ -104,13 +105,9 @@ MEMORY_LADDER = (
 @contextlib.contextmanager
 def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
     """Show a user's mistake (a ValueError raised by this repository) as one sentence, and a full GPU with what to try
-    next."""
+    next. Exit codes: 2 for a mistake, 74 for a full disk, 75 for a run that was stopped as asked and can go on."""
     try:
         yield
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its threads can abort a finished process as it ends
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} {memory_advice}")
     except ValueError as error:
@@ -123,7 +120,24 @@ def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
             time.sleep(5)
         if not (rank and stop.asked):
             print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = DISK_FULL if isinstance(error, DiskFull) else MISTAKE
+        tell_run_sh(code)
+        sys.exit(code)
+    code = STOPPED if stop.agreed and not stop.reason else 0
+    tell_run_sh(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its threads can abort a finished process as it ends
+        os._exit(0)
+    if code and "RANK" not in os.environ:  # a launcher would take it for a failure; run.sh knows
+        sys.exit(code)
+
+
+def tell_run_sh(code: int) -> None:
+    """run.sh ends with this code, whatever a launcher makes of it."""
+    file = os.environ.get("RUN_EXIT_CODE_FILE")
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(code))
 
 
 def check_disk(run: Run, cfg: Shared, parameters: int) -> None:

@@ -66,9 +66,23 @@ fi
 if grep -q "^pretrained_model_name_or_path:[[:space:]]*[\"']\{0,1\}tiny\b" "$yaml"; then
     "$python" "$recipe/make_tiny.py" --output_dir "$root/outputs/$(basename "$recipe")/tiny_base"
 fi
-# a stop signal must leave time for a step and a save, not 30 seconds; USR1 is a scheduler's warning
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+# ---- run. Exit codes: 2 a mistake, 74 a full disk, 75 stopped as asked by TERM, HUP, USR1 or Ctrl-C (resume me) ----
 if [[ $LAUNCH == single ]]; then exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
-exec "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" \
-    "${place[@]}" --num_processes "$world" "$recipe/train.py" --config "$yaml" "$@"
+# a stop must leave time for a step and a save, not 30 seconds
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+RUN_EXIT_CODE_FILE=$(mktemp)   # the main process writes its code: the launcher makes 1 of all of them
+export RUN_EXIT_CODE_FILE
+own_group=$(command -v setsid || true)   # Ctrl-C reaches this script alone, which asks once; the second one ends all
+$own_group "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" \
+    "${place[@]}" --num_processes "$world" "$recipe/train.py" --config "$yaml" "$@" &
+launcher=$!
+interrupted=
+stop() { kill -TERM "$launcher" 2>/dev/null || true; }
+interrupt() { if [[ -n $interrupted ]]; then kill -KILL -- "-$launcher" 2>/dev/null || true; fi; interrupted=1; stop; }
+trap stop TERM HUP USR1
+trap interrupt INT
+code=0
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" && code=0 || code=$?; done
+said=$(cat "$RUN_EXIT_CODE_FILE" 2>/dev/null || true)
+rm -f "$RUN_EXIT_CODE_FILE"
+exit "${said:-$code}"
