@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import rules
 from common.processes import Run, on_main, progress_bar, stop
+from common.record import trackers
 from common.record.checkpoint import State
 from common.record.folder import (
     append_row,
@@ -58,10 +58,7 @@ class Meter:
                 keep_rows_until(self.folder / name, first_step)
             rows = read_rows(self.folder / "metrics.jsonl")
             self.skipped_steps = rows[-1].get("skipped_steps", 0) if rows else 0
-        if cfg.run.report_to != "none":
-            settings = {name: str(value) for name, value in rules.flat(cfg).items()}
-            project = cfg.run.tracker_project_name or run.recipe_dir.name
-            run.accelerator.init_trackers(project, settings, {"wandb": {"dir": cfg.run.output_dir}})
+        trackers.start(run, cfg)
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -123,11 +120,10 @@ class Meter:
         if not (last or row["step"] == 1 or row["step"] % self.cfg.run.logging_steps == 0):
             return
         append_row(self.folder / "metrics.jsonl", row)
-        if self.cfg.run.report_to != "none":
-            values = {name: value for name, value in row.items() if name != "step"}
-            self.run.accelerator.log(values, step=row["step"])
+        values = {name: value for name, value in row.items() if name != "step"}
+        trackers.log(self.run, self.cfg, values, row["step"])
         if last or time.perf_counter() - self.curve_drawn > 30:
-            draw_curves(self.folder)
+            trackers.attempt("curves.png", lambda: draw_curves(self.folder))
             self.curve_drawn = time.perf_counter()
 
     def _show(self, row: dict[str, Any]) -> None:
@@ -160,7 +156,7 @@ class Meter:
         if self.bar is not None:
             self.bar.close()
         if self.run.is_main and (self.folder / "metrics.jsonl").is_file():
-            draw_curves(self.folder)
+            trackers.attempt("curves.png", lambda: draw_curves(self.folder))
         if self.run.benchmark:
             print_benchmark(self.run, self.cfg)
             return False

@@ -1,7 +1,6 @@
 """Processes and strategy, from what `accelerate launch` put into the environment; signals."""
 
 import datetime
-import importlib.util
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from common.model.streaming import bind
 from common.processes import Run, on_main, stop
+from common.record import trackers
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
 from common.start.folders import resolve_paths
@@ -147,7 +147,7 @@ def _make_accelerator(
         mixed_precision=cfg.precision.mixed_precision if uses_deepspeed or dtype == torch.float32 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_steps, sync_with_dataloader=False),
         kwargs_handlers=handlers,
-        log_with=_trackers(cfg.run.report_to),
+        log_with=trackers.named(cfg.run.report_to),
         project_dir=cfg.run.output_dir,
     )
 
@@ -226,18 +226,3 @@ def _handle_signals() -> None:
     interrupted: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(name, ask_to_stop)
-
-
-def _trackers(report_to: str) -> str | None:
-    """The tracker's name for accelerate; wandb goes offline when nobody is logged in, and is left out where it is not
-    installed."""
-    if report_to == "none":
-        return None
-    if importlib.util.find_spec(report_to) is None:
-        print(f"{report_to} is not installed: metrics go to metrics.jsonl and curves.png only")
-        return None
-    if report_to == "wandb":
-        netrc = Path.home() / ".netrc"
-        logged_in = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
-        os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
-    return report_to

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from common import rules, settings
 from common.processes import Run
+from common.record import trackers
 from common.record.checkpoint import State
 from common.record.folder import append_row, read_rows, read_state
 
@@ -134,9 +135,8 @@ def record(run: Run, cfg: PlateauSettings, state: State, schedule: Schedule, row
     if run.is_main:
         row |= {"train_loss": mean_train_loss(folder, schedule, step)} if step else {}
         append_row(folder / "validation.jsonl", row)
-        if cfg.run.report_to != "none":
-            numbers = {f"validation/{name}": value for name, value in row.items() if isinstance(value, float)}
-            run.accelerator.log(numbers, step=step)
+        numbers = {f"validation/{name}": value for name, value in row.items() if isinstance(value, float)}
+        trackers.log(run, cfg, numbers, step)
         said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
         best = ", best so far" if step and schedule.best_step == step else ""
         run.print(f"step {step}: {said}; {schedule.decision or 'before training'}{best}")
