@@ -83,7 +83,7 @@ def _check(
     except (FileNotFoundError, NotADirectoryError):
         return dataclasses.replace(record, problem=f"{names[place]}missing")
     except (OSError, ValueError) as error:
-        return dataclasses.replace(record, problem=f"{names[place]}{error}")
+        return dataclasses.replace(record, problem=f"{names[place][:200]}{error}"[:400])
     (width, height), *source_sizes = sizes[: 1 + len(sources)]
     return dataclasses.replace(
         record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
@@ -139,7 +139,9 @@ def check_records(
     good = [record for record in results if not record.problem]
     if bad and (on_bad_rows == "error" or not good):
         advice = "repair them, or leave them out with --on_bad_rows skip" if good else "none is left to train on"
-        rows = [f"\n  {record.where}: {record.file_path or '(no file)'}: {record.problem}" for record in bad[:20]]
+        rows = [
+            f"\n  {record.where}: {record.file_path[:100] or '(no file)'}: {record.problem}" for record in bad[:20]
+        ]
         raise ValueError(f"{len(bad)} of {len(results)} rows are bad; {advice}. The first {len(rows)}:{''.join(rows)}")
     if bad:
         _write_bad_rows(bad, output_dir)

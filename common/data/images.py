@@ -10,6 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 PNG_ROTATION_MARKS = (b"eXIf", b"Raw profile", b"com.adobe.xmp")
+# what Pillow may open: not EPS, for one, which runs another program
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 TURN = Image.Transpose
 ROTATIONS = {  # EXIF orientation -> what undoes it
     2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
@@ -47,7 +49,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
     at_least: the (width, height) that it will be shrunk to. A JPEG far larger than twice that is decoded at a half, a
     quarter or an eighth, several times faster; the resampling still sees two pixels for each that it makes.
     """
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     if at_least is not None:
         image.draft(None, (2 * max(at_least), 2 * max(at_least)))  # a square, since the rotation is not known yet
     image.load()
@@ -59,7 +61,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
 def check_image(data: bytes, decode: bool, max_pixels: int) -> tuple[int, int]:
     """(width, height) after EXIF rotation; ValueError with the reason when the bytes are no good image."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height}, over {max_pixels} pixels")
         if decode or image.format == "TIFF":  # whether a TIFF's size is rotated already depends on Pillow's version

@@ -4,9 +4,11 @@ Reads a JSON list, JSONL, an image folder's metadata.jsonl, parquet and WebDatas
 kept with it, for check.py to report.
 """
 
+import codecs
 import dataclasses
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -17,6 +19,7 @@ from PIL import Image
 from common.data.images import decode_image
 
 MANIFESTS = ("metadata.jsonl", "train.jsonl", "train.json", "metadata.json", "*.parquet", "*.tar")  # the first wins
+LARGEST_FILE = 2**29  # bytes of one picture or video
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 IMAGE_COLUMNS = ("file_path", "file_name", "image")  # found by themselves, the first wins
 TEXT_COLUMNS = ("text", "caption", "prompt")
@@ -93,21 +96,45 @@ def _glob(path: Path) -> list[Path]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[object, int, str]]:
-    """(row, its number, where it is) of a JSON list or of the lines of a JSONL file."""
-    text = path.read_text(encoding="utf-8-sig")
+    """(row, its number, where it is) of a JSON list or of the lines of a JSONL file. A line that cannot be read is a
+    ValueError in the row's place."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.suffix == ".json":
-        rows = json.loads(text)
+        rows = parse_json(data)
         if not isinstance(rows, list):
             raise ValueError(f"got a JSON {type(rows).__name__}, expected a list of rows")
         yield from ((row, number, f"{path.name} row {number}") for number, row in enumerate(rows))
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):  # not at every Unicode line break
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
-                row = ValueError(f"not valid JSON: {error}")
+                row = error
             yield row, number, f"{path.name} line {number}"
+
+
+def parse_json(data: bytes) -> object:
+    """One JSON value from UTF-8. ValueError for whatever is none, at most a line long: nesting without end, numbers of
+    hundreds of digits, half characters."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+        return value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at place {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a text has half of a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise ValueError("not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}"[:200]) from error
+
+
+def short(value: object) -> str:
+    """A value for a message: at most 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
@@ -129,13 +156,13 @@ def _record(
     sources = sources if isinstance(sources, list) else [sources]
     problem = ""
     if not isinstance(path, str) or not path:
-        problem = f"{path_key} is {path!r}, expected a path"
+        problem = f"{path_key} is {short(path)}, expected a path"
     elif not isinstance(text, str):
-        problem = f"{text_column} is {text!r}, expected a caption"
+        problem = f"{text_column} is {short(text)}, expected a caption"
     elif not text.strip():
         problem = "empty caption"
     elif not all(isinstance(source, str) and source for source in sources):
-        problem = f"source_file_path is {sources!r}, expected paths"
+        problem = f"source_file_path is {short(sources)}, expected paths"
     sources = tuple(map(str, sources))
     path, text = str(path or ""), str(text or "")
     return Record(number, path, text, sources, str(kind), extra, where=where, problem=problem, inside=inside)
@@ -219,11 +246,21 @@ def inside_folder(folder: str | Path, path: str) -> Path:
     return Path(full)
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of an ordinary file; ValueError for pipes, devices and files over LARGEST_FILE, before reading."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("a directory" if path.is_dir() else "not an ordinary file")
+    if found.st_size > LARGEST_FILE:
+        raise ValueError(f"{found.st_size / 2**20:.0f} MiB; files of at most {LARGEST_FILE / 2**20:.0f} MiB are read")
+    return path.read_bytes()
+
+
 def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
     """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names. Works
     in threads and in loader workers."""
     if isinstance(which, str):
-        return inside_folder(train_data_dir, str(record.extra[which])).read_bytes()
+        return read_file(inside_folder(train_data_dir, str(record.extra[which])))
     place = 0 if which is None else which + 1
     value: object = record.file_path if which is None else record.source_file_path[which]
     if place < len(record.inside):
@@ -238,7 +275,7 @@ def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | No
             value = value["path"] if value["bytes"] is None else value["bytes"]
     if value is None:
         raise FileNotFoundError("no image in this row")
-    return value if isinstance(value, bytes) else inside_folder(train_data_dir, str(value)).read_bytes()
+    return value if isinstance(value, bytes) else read_file(inside_folder(train_data_dir, str(value)))
 
 
 def load_image(
