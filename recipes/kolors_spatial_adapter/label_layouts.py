@@ -2,6 +2,7 @@
 
     python label_layouts.py --input wukong.tsv --train_data_dir DATA                       one actor a GPU
     python label_layouts.py --input wukong.tsv --train_data_dir DATA --model Qwen/Qwen3-VL-8B-Instruct
+    python label_layouts.py --input wukong.tsv --train_data_dir DATA --output_jsonl data/layout_dataset.jsonl
 
 --input: lines of picture and caption, by tabs (or commas in a .csv); a first line "url caption" is a header. A
 picture is a path inside --train_data_dir or a URL, which is downloaded to DATA/downloaded. Captions may be Chinese.
@@ -11,8 +12,11 @@ DATA/train.jsonl     {"file_path", "text", "width", "height", "objects": [{"phra
 DATA/labelling/      rejected.jsonl (rows and objects that are left out, why, and what the model said), report.json
                      (counts by reason), sheet.png (pictures with their boxes)
 
-A killed run goes on with the same command: rows that are in train.jsonl or rejected.jsonl are done. To try rejected
-rows again, delete rejected.jsonl. Needs ray: bash setup.sh label.
+--output_jsonl data/NAME.jsonl puts the rows there, the rest into data/NAME_labelling/, and into data/NAME.meta.json
+which folder the pictures are in: `train.py --dataset layout` reads data/layout_dataset.jsonl by it.
+
+A killed run goes on with the same command: rows that are labelled or rejected are done. To try rejected rows again,
+delete rejected.jsonl. Needs ray: bash setup.sh label.
 """
 
 import argparse
@@ -44,13 +48,23 @@ from common.data.images import check_image, decode_image
 from common.data.manifest import inside_folder
 from common.start import plan
 
-PROMPT = (
-    "The caption of this picture is: {caption}\n"
-    "Find the objects that the caption names and that can be seen. Answer with JSON only, a list of at most "
-    '{max_objects} objects: [{{"phrase": "...", "bbox": [x1, y1, x2, y2]}}]. phrase: the words of the caption, in its '
-    "language. x1, y1: the object's top left corner, x2, y2: its bottom right corner, as integers from 0 to 1000 of "
-    "the picture's width and height. Answer [] when none can be seen."
-)
+PROMPTS = {
+    "en": (
+        "The caption of this picture is: {caption}\n"
+        "Find the objects that the caption names and that can be seen. Answer with JSON only, a list of at most "
+        '{max_objects} objects: [{{"phrase": "...", "bbox": [x1, y1, x2, y2]}}]. phrase: the words of the caption, in '
+        "its language. x1, y1: the object's top left corner, x2, y2: its bottom right corner, as integers from 0 to "
+        "1000 of the picture's width and height. Answer [] when none can be seen."
+    ),
+    "zh": (
+        "这张图片的说明文字是：{caption}\n"
+        "请找出说明文字提到、并且在图中能看到的物体。只输出 JSON，不要输出任何其他文字：一个列表，"
+        '最多 {max_objects} 个物体：[{{"phrase": "...", "bbox": [x1, y1, x2, y2]}}]。'
+        "phrase 是说明文字中的原词，不要翻译。x1, y1 是物体左上角的坐标，x2, y2 是右下角的坐标，"
+        "都是 0 到 1000 的整数，表示占图片宽度和高度的千分之几。如果一个物体也看不到，输出 []。"
+    ),
+}
+CHINESE = re.compile("[\u4e00-\u9fff]")
 THOUSANDTHS = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")  # model types whose boxes are thousandths of the picture
 SMALLEST = 5  # thousandths, of a box's sides: smaller ones were meant as shares or pixels
 MAX_DOWNLOAD = 20_000_000  # bytes
@@ -235,6 +249,14 @@ def load_model(args: argparse.Namespace) -> Answer:
     return answer
 
 
+def prompt_for(caption: str, args: argparse.Namespace) -> str:
+    """What the model is asked; prompt_language auto is Chinese for a caption with a Chinese character in it."""
+    language = args.prompt_language
+    if language == "auto":
+        language = "zh" if CHINESE.search(caption) else "en"
+    return PROMPTS[language].format(caption=caption, max_objects=args.max_objects)
+
+
 def check_model(name: str) -> None:
     """ValueError for a model whose boxes are not thousandths of the picture, such as Qwen2.5-VL's pixels."""
     from transformers import AutoConfig
@@ -256,7 +278,7 @@ class Labeller:
     def label(self, batch: Sequence[tuple[str, str]], pictures: list) -> list[dict]:
         """One result for each row: a layout, or {"reason"}; with what was left out."""
         good = [number for number, picture in enumerate(pictures) if not isinstance(picture, str)]
-        prompts = [PROMPT.format(caption=batch[number][1], max_objects=self.args.max_objects) for number in good]
+        prompts = [prompt_for(batch[number][1], self.args) for number in good]
         said = self.answer([pictures[number][0] for number in good], prompts) if good else []
         assert len(said) == len(good)
         answers = dict(zip(good, said, strict=True))
@@ -288,6 +310,8 @@ def ask_actors(
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpus and args.num_actors > gpus:  # it would wait for ever for a GPU
+            raise ValueError(f"num_actors (num_gpus) is {args.num_actors}, and Ray sees {gpus} GPU(s); use {gpus}")
         # no CPU for itself: as many actors as cores must leave one for the loading of pictures
         start = ray.remote(Labeller).options(num_cpus=0, num_gpus=1 if gpus else 0).remote
         actors = [start(load_model, args) for _ in range(args.num_actors or max(1, gpus))]
@@ -373,12 +397,28 @@ def write_sheet(path: Path, layouts: Sequence[dict], folder: Path, count: int = 
     sheet.save(path)
 
 
+def record_folder(args: argparse.Namespace) -> None:
+    """Beside rows that lie elsewhere than their pictures: where those are, for train.py. ValueError where the rows of
+    an earlier run have their pictures in another folder."""
+    file = args.output_jsonl.with_suffix(".meta.json")  # layouts.py reads it
+    if args.output_jsonl == args.train_data_dir / "train.jsonl":
+        return
+    recorded = json.loads(file.read_text())["train_data_dir"] if file.is_file() else str(args.train_data_dir)
+    if recorded != str(args.train_data_dir):
+        raise ValueError(
+            f"the rows of {args.output_jsonl} have their pictures in {recorded}, got train_data_dir (image_dir) "
+            f"{args.train_data_dir}; use another --output_jsonl"
+        )
+    file.write_text(json.dumps({"train_data_dir": recorded}, ensure_ascii=False) + "\n")
+
+
 def label(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], Answer]) -> dict:
     """All of it; returns the report."""
     rows, repeated = read_rows(args.input)
-    folder = args.train_data_dir / "labelling"
+    folder = args.labelling
     folder.mkdir(parents=True, exist_ok=True)
-    paths = args.train_data_dir / "train.jsonl", folder / "rejected.jsonl"
+    paths = args.output_jsonl, folder / "rejected.jsonl"
+    record_folder(args)
     before = [row for path in paths for row in read_lines(path) if "object" not in row]
     done = {(row["file_path"], row["text"]) for row in before}
     left = [row for row in rows if (file_path_of(row[0]), row[1]) not in done]
@@ -400,23 +440,36 @@ def label(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], A
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings; dashes and underscores are the same in flags, and some have a second name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="lines of picture (path or URL), tab, caption")
-    parser.add_argument("--train_data_dir", type=Path, required=True, help="paths start here, results go here")
-    parser.add_argument(
-        "--model", default="Qwen/Qwen2-VL-7B-Instruct", help="folder or hub name, Qwen2-VL or Qwen3-VL"
-    )
-    parser.add_argument("--num_actors", type=int, default=0, help="models at work at once; one a GPU, or one, when 0")
+    text = "lines of picture (path or URL), tab, caption"
+    parser.add_argument("--input", "--input_tsv", type=Path, required=True, help=text)
+    text = "paths start here, and results go here unless output_jsonl is given"
+    parser.add_argument("--train_data_dir", "--image_dir", type=Path, required=True, help=text)
+    text = "where rows with boxes go, train.jsonl in train_data_dir when not given"
+    parser.add_argument("--output_jsonl", type=Path, help=text)
+    text = "folder or hub name, Qwen2-VL or Qwen3-VL"
+    parser.add_argument("--model", "--model_path", default="Qwen/Qwen2-VL-7B-Instruct", help=text)
+    text = "models at work at once, one a GPU; as many as there are GPUs, or one, when 0"
+    parser.add_argument("--num_actors", "--num_gpus", type=int, default=0, help=text)
+    text = "of what the model is asked; auto: the caption's"
+    parser.add_argument("--prompt_language", choices=("auto", *PROMPTS), default="auto", help=text)
     parser.add_argument("--batch_size", type=int, default=8, help="pictures that an actor asks about at once")
     parser.add_argument("--max_objects", type=int, default=16, help="objects of a picture")
     parser.add_argument("--max_pixels", type=int, default=1_000_000, help="larger pictures are shrunk for the model")
     parser.add_argument("--max_new_tokens", type=int, default=768, help="of an answer; an object takes about 40")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args([re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words])
     if not args.input.is_file():
         raise ValueError(f"input {args.input} is not there; expected a file of pictures and captions")
     if not args.train_data_dir.is_dir():
         raise ValueError(f"train_data_dir {args.train_data_dir} is no folder; make it, or name that of the pictures")
     args.train_data_dir = args.train_data_dir.resolve()
+    usual = args.train_data_dir / "train.jsonl"
+    output = args.output_jsonl = args.output_jsonl.resolve() if args.output_jsonl else usual
+    if output.suffix != ".jsonl":
+        raise ValueError(f"output_jsonl is {output}; expected a name that ends in .jsonl")
+    args.labelling = output.with_name("labelling" if output == usual else f"{output.stem}_labelling")
     return args
 
 
@@ -425,7 +478,7 @@ def main() -> None:
     check_model(args.model)
     report = label(args, load_model)
     print(json.dumps(report, indent=1, ensure_ascii=False))
-    print(f"layouts: {args.train_data_dir / 'train.jsonl'}; look at {args.train_data_dir / 'labelling' / 'sheet.png'}")
+    print(f"layouts: {args.output_jsonl}; look at {args.labelling / 'sheet.png'}")
 
 
 if __name__ == "__main__":

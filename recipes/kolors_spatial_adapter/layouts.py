@@ -6,6 +6,7 @@ of the whole picture. Here they follow the picture's crop into its bucket, phras
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusers.pipelines.kolors import ChatGLMTokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import settings
 from common.data.cache import EmbeddingCache
 from common.data.images import cover_box
 from common.data.loader import of_place
@@ -23,6 +25,7 @@ from common.data.order import Place
 
 IGNORE = -100  # behind a phrase's end
 MAX_PHRASE_TOKENS = 31  # the captioning head says one more: the end
+LABELLED = Path("data/layout_dataset.jsonl")  # what train_data_dir "layout" names, in the working directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,24 @@ class LayoutRow:
     boxes: tuple[tuple[float, ...], ...]  # in the cropped picture
     phrase_ids: tuple[tuple[int, ...], ...]  # indices into the vocabulary, the end among them
     add_time_ids: tuple[int, ...]
+
+
+def find_labelled(data: settings.Data) -> None:
+    """Write into train_data_dir "layout" and train_data_meta what they stand for: LABELLED, or the manifest that is
+    given, and the folder of pictures that was recorded with it. ValueError says what to run."""
+    if data.train_data_dir != "layout":
+        return
+    manifest = Path(os.path.abspath(data.train_data_meta or LABELLED))
+    meta = manifest.with_suffix(".meta.json")  # label_layouts.py's record of the folder
+    lacks = [file for file in (manifest, meta) if not file.is_file()]
+    if lacks:
+        raise ValueError(
+            f"train_data_dir layout needs {' and '.join(map(str, lacks))}: run label_layouts.py with --output_jsonl "
+            f"{data.train_data_meta or LABELLED} in this working directory, or give the folder of pictures as "
+            "--train_data_dir and the file of rows as --train_data_meta"
+        )
+    data.train_data_dir = json.loads(meta.read_text())["train_data_dir"]
+    data.train_data_meta = str(manifest)
 
 
 def row_problem(record: Record) -> str:

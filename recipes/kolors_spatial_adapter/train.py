@@ -3,6 +3,7 @@ parameters at its cross-attentions train. Read it top to bottom.
 
     bash run.sh                                           the tiny model and drawn data, on any machine
     bash run.sh full --train_data_dir /data/mine          the real model, on the machine that configs/full.yaml names
+    python train.py --dataset layout                      on what label_layouts.py wrote to data/layout_dataset.jsonl
 
 Order: Config, encoding, data, model, loss, validation, main with the loop. The adapter is in adapter.py, the three
 modes and their losses in modes.py, rows with boxes in layouts.py and boxes.py; the settings that all recipes share are
@@ -53,6 +54,15 @@ MEMORY_ADVICE = (
     "--modes generation does not help (a mode's memory is free before the next begins); --optimizer adamw_8bit; "
     "LAUNCH=zero2 (optimizer state in RAM)"
 )
+SECOND_NAMES = {
+    "dataset": "train_data_dir",
+    "batch_size": "train_batch_size",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "precision": "mixed_precision",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+}
+SKIPPED = {"multiprocessing_distributed": "torchrun, deepspeed and accelerate say how many processes there are"}
 NEXT_STEPS = {
     "measure whether boxes are obeyed": "evaluate.py --run {run}",
     "draw from the result": "sample.py --run {run} --prompt \"...\" --objects '[...]'",
@@ -61,7 +71,8 @@ NEXT_STEPS = {
 
 @dataclass
 class Config:
-    """This recipe's settings: its own, and the groups of common/settings.py. All flags are flat."""
+    """This recipe's settings: its own, and the groups of common/settings.py. All flags are flat. train_data_dir
+    "layout" is data/layout_dataset.jsonl of the working directory and its pictures, as label_layouts.py writes it."""
 
     pretrained_model_name_or_path: str = "Kwai-Kolors/Kolors-diffusers"
     """local folder or a hub name; "tiny" is the embedded model that make_tiny.py builds"""
@@ -394,7 +405,8 @@ def export(run: Run, cfg: Config, model: SpatialModel) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = config.parse_recipe(Config, argv)
+    cfg = config.parse_recipe(Config, argv, SECOND_NAMES, SKIPPED)
+    layouts.find_labelled(cfg.data)
     modes, side = cfg.mode_names(), cfg.resolution // 8
     run = launch.set_up(cfg, RECIPE, argv, backwards=len(modes), find_unused_parameters=False)
 
