@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+# what FFmpeg may open: not SDP, which waits for a network, and not lists of other files
+CONTAINERS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,gif"}
+
 
 def decoded_frames(data: bytes) -> Iterator:
     """The frames of the first video stream, in order of presentation. ValueError when there is none to decode."""
@@ -14,7 +17,7 @@ def decoded_frames(data: bytes) -> Iterator:
         raise ValueError("reading a video needs PyAV: pip install av") from error
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), options=CONTAINERS) as container:
             if not container.streams.video:
                 raise ValueError("no video stream")
             yield from container.decode(video=0)
