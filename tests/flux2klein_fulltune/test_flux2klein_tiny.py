@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def tiny(recipe, tmp_path_factory) -> tuple[Path, Launched]:
     """The run's folder, and how it ended."""
-    assert (recipe / "tiny_weights.safetensors").is_file(), "made by: python make_tiny.py --pretrain"
+    assert (recipe / "tiny_weights.safetensors").is_file(), "made by: python tiny/pretrain_flux2klein.py"
     out = tmp_path_factory.mktemp("tiny") / "out"
     return out, run_command(["bash", recipe / "run.sh", "--output_dir", out], timeout=1200).check()
 
