@@ -36,7 +36,7 @@ class Run:
     """a checkpoint folder, or "latest" """
     logging_steps: int = 1
     """steps between rows of metrics.jsonl"""
-    report_to: Literal["none", "wandb", "tensorboard"] = "none"
+    report_to: Literal["none", "wandb", "tensorboard", "all"] = "none"
     """tracker; wandb is offline when not logged in; metrics.jsonl and curves.png are always written"""
     tracker_project_name: str = ""
     """project name at the tracker; the recipe folder's name when empty"""
@@ -158,7 +158,7 @@ class Optim:
 
     learning_rate: float = 5e-6
     """peak learning rate"""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"] = "constant"
     """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
     lr_warmup_steps: int = 0
     """steps of linear warm-up"""

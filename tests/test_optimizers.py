@@ -358,6 +358,7 @@ def test_adafactor_rounds_alike_on_every_rank():
         ("constant_with_warmup", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
         ("linear", [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]),
         ("cosine", [0.25, 0.5, 0.75, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+        ("cosine_with_restarts", [0.25, 0.5, 0.75, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),  # of one cycle
     ],
 )
 def test_learning_rates(scheduler, expected):
@@ -366,6 +367,21 @@ def test_learning_rates(scheduler, expected):
     rates = [learning_rate(step, optim, max_train_steps=7) for step in range(8)]
     assert rates == pytest.approx([2e-3 * factor for factor in expected], abs=1e-12)
     assert learning_rate(4, optim, 7, scale=0.1) == pytest.approx(rates[4] / 10)
+
+
+def test_a_group_has_its_share_of_the_learning_rate():
+    """Catches a group whose lr_scale is lost in a step, in the optimizer, or on the way through a checkpoint."""
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr_scale": 0.5}]
+    run, optim = OneProcess(), settings.Optim(learning_rate=1.0)
+    for name in ("adamw", "adafactor"):
+        optimizer = optimizers.build_optimizer(run, model, name, optim, groups)
+        optimizer.load_state_dict(optimizers.build_optimizer(run, model, name, optim, groups).state_dict())
+        set_learning_rate(optimizer, 0.2)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+    whole = optimizers.build_optimizer(run, model, "adamw", optim)
+    set_learning_rate(whole, 0.2)
+    assert [group["lr"] for group in whole.param_groups] == [0.2]
 
 
 def test_what_is_due():

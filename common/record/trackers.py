@@ -19,9 +19,11 @@ failed: set[str] = set()  # what has failed once and is not tried again
 asking: list[threading.Thread] = []
 
 
-def named(report_to: str) -> str | None:
-    """The tracker's name for accelerate; None where none is wanted or it is not installed. wandb is asked in the
-    background whether it can be reached."""
+def named(report_to: str) -> str | list[str] | None:
+    """The tracker's name for accelerate; None where none is wanted or it is not installed; of "all" those that are.
+    wandb is asked in the background whether it can be reached."""
+    if report_to == "all":
+        return [name for name in ("wandb", "tensorboard") if named(name)]
     if report_to == "none":
         return None
     if importlib.util.find_spec(report_to) is None:

@@ -73,9 +73,13 @@ def why_not_release(cfg: Shared, strategy: str, world_size: int) -> list[str]:
     return reasons
 
 
-def build_optimizer(run: Run, model: torch.nn.Module, name: str, optim: Optim) -> torch.optim.Optimizer:
-    """The named optimizer over the parameters that train. `check_optimizer` has passed before."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(
+    run: Run, model: torch.nn.Module, name: str, optim: Optim, groups: list[dict] | None = None
+) -> torch.optim.Optimizer:
+    """The named optimizer over the parameters that train, or over groups of them, whose lr_scale multiplies the
+    learning rate. `check_optimizer` has passed before."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters = groups or trained
     common = {"lr": optim.learning_rate, "weight_decay": optim.adam_weight_decay}
     adam = dict(common, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon)
     on_cuda = torch.cuda.is_available()
@@ -95,7 +99,7 @@ def build_optimizer(run: Run, model: torch.nn.Module, name: str, optim: Optim) -
         # quantised states are Triton kernels: on a CPU the same class runs unquantised on fp32 weights
         if not on_cuda:
             return FlashAdamW(parameters, quantize=False, fused=False, master_weight_bits=None, **adam)
-        bits = 24 if any(p.dtype == torch.bfloat16 for p in parameters) else None  # fp32 weights need no more bits
+        bits = 24 if any(p.dtype == torch.bfloat16 for p in trained) else None  # fp32 weights need no more bits
         return FlashAdamW(parameters, master_weight_bits=bits, **adam)
     if name == "adafactor":
         return Adafactor(parameters, **common)

@@ -31,7 +31,7 @@ def lr_factor(step: int, optim: Optim, max_train_steps: int) -> float:
     progress = (step - optim.lr_warmup_steps) / max(1, max_train_steps - optim.lr_warmup_steps)
     if optim.lr_scheduler == "linear":
         return max(0.0, 1 - progress)
-    if optim.lr_scheduler == "cosine":
+    if optim.lr_scheduler in ("cosine", "cosine_with_restarts"):  # of one cycle, as scripts have it that set no number
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
 
@@ -42,8 +42,9 @@ def is_due(step: int, every: int, last_step: int) -> bool:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of every group, times its own lr_scale where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(run: Run, model: torch.nn.Module, max_norm: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from from_videox_fun import LOW
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -21,11 +22,11 @@ from common.processes import Run
 LORA_TARGETS = [*(f"to_{name}" for name in "qkv"), "to_out.0", *(f"add_{name}_proj" for name in "qkv"), "to_add_out"]
 
 
-def train_matching(transformer: nn.Module, patterns: Sequence[str]) -> str:
-    """Only parameters whose names contain one of the patterns train ("." is in every name). Says what matched;
-    ValueError when a pattern matches nothing."""
+def train_matching(transformer: nn.Module, patterns: Sequence[str], low: Sequence[str] = ()) -> str:
+    """Only parameters whose names contain one of the patterns train ("." is in every name), or one of `low`. Says what
+    matched; ValueError when a pattern matches nothing."""
     names = [name for name, _ in transformer.named_parameters()]
-    for pattern in patterns:
+    for pattern in (*patterns, *low):
         if not any(pattern in name for name in names):
             examples = ", ".join(
                 sorted({name.split(".")[2] for name in names if name.startswith("transformer_blocks.")})
@@ -35,24 +36,54 @@ def train_matching(transformer: nn.Module, patterns: Sequence[str]) -> str:
                 f'{names[0]!r} or, of the blocks, {examples}; "." is everything'
             )
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(any(pattern in name for pattern in patterns))
+        parameter.requires_grad_(any(pattern in name for pattern in (*patterns, *low)))
     trained = [p.numel() for p in transformer.parameters() if p.requires_grad]
     share = trained_share(transformer)
-    return f"trains {sum(trained) / 1e6:.6g}M parameters ({share:.1%}), {len(trained)} of {len(names)} tensors"
+    said = f"trains {sum(trained) / 1e6:.6g}M parameters ({share:.1%}), {len(trained)} of {len(names)} tensors"
+    groups = rate_groups(transformer, patterns, low)
+    return said + (f", {len(groups[-1]['params'])} of them at half the learning rate" if groups else "")
 
 
-def add_lora(transformer: QwenImageTransformer2DModel, rank: int, alpha: int) -> str:
-    """Adapters on every attention's projections, without memory for their weights; the rest is frozen."""
+def rate_groups(transformer: nn.Module, patterns: Sequence[str], low: Sequence[str]) -> list[dict] | None:
+    """Groups for the optimizer where something trains at a part of the learning rate: what `patterns` do not name."""
+    groups = [{"params": []}, {"params": [], "lr_scale": LOW}]
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            groups[not any(pattern in name for pattern in patterns)]["params"].append(parameter)
+    return [group for group in groups if group["params"]] if low and groups[1]["params"] else None
+
+
+def lora_layers(transformer: nn.Module, targets: str, skipped: str) -> tuple[list[str], str]:
+    """The linear layers that get adapters: their names contain one of the targets and nothing to be skipped (both
+    joined by commas); and what is to be said of targets that name none. ValueError when nothing is left."""
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    wanted, unwanted = ([part.strip() for part in text.split(",") if part.strip()] for text in (targets, skipped))
+    wanted = wanted or LORA_TARGETS
+    found = [name for name in layers if any(w in name for w in wanted) and not any(u in name for u in unwanted)]
+    nothing = [part for part in wanted if not any(part in name for name in layers)]
+    blocks = sorted({name.split(".", 2)[2] for name in layers if name.startswith("transformer_blocks.")})
+    if not found:
+        raise ValueError(f"target_name {targets!r} leaves no linear layer; expected parts of {', '.join(blocks)}")
+    said = f"; target_name: no linear layer is called {', '.join(nothing)}, there are {', '.join(blocks)}"
+    return found, said if nothing else ""
+
+
+def add_lora(
+    transformer: QwenImageTransformer2DModel, rank: int, alpha: int, targets: str = "", skipped: str = ""
+) -> str:
+    """Adapters on every attention's projections, or on other linear layers, without memory for their weights; the rest
+    is frozen."""
     transformer.requires_grad_(False)
+    names, said = lora_layers(transformer, targets, skipped)
     with init_empty_weights():
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS))
+        modules = names if targets or skipped else LORA_TARGETS
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules))
     layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False  # autocast casts the small weights instead of the activations
-    blocks = len(transformer.transformer_blocks)
-    assert len(layers) == len(LORA_TARGETS) * blocks, f"{len(layers)} adapted layers in {blocks} blocks"
+    assert len(layers) == len(names), f"{len(layers)} adapted layers, {len(names)} expected"
     trained = transformer.num_parameters(only_trainable=True)
-    return f"trains LoRA of rank {rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters"
+    return f"trains LoRA of rank {rank} on {len(layers)} layers: {trained / 1e6:.6g}M parameters{said}"
 
 
 def trained_share(transformer: nn.Module) -> float:

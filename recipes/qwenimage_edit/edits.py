@@ -20,7 +20,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     VAE_IMAGE_SIZE,
     calculate_dimensions,
 )
-from PIL import Image
+from from_videox_fun import Settings, process_strata, shrinking
+from PIL import Image, ImageOps
 from torch import Tensor
 from video import check_video, count_frames, read_frame
 
@@ -50,6 +51,7 @@ class EditConfig(settings.Pictured, Protocol):
     vae_mini_batch: int
     uniform_sampling: bool
     validation_image_paths: tuple[str, ...]
+    videox_fun: Settings
     flow: settings.FlowMatching
     prompts: settings.Prompts
 
@@ -89,12 +91,16 @@ def source_size(size: tuple[int, int], pixels: int = VAE_IMAGE_SIZE) -> tuple[in
 
 
 def target_size(cfg: EditConfig, size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """At the full image_sample_size: a square to be cut from the centre, or with enable_bucket the whole picture.
+    """At the full image_sample_size: a square to be cut from the centre, or with enable_bucket the whole picture. Of
+    fix_sample_size, what is a multiple.
 
     Then its aspect is rounded as the pipelines round a source's (to 32 pixels, where the model can), so that a target
     of its source's aspect lies on it pixel by pixel.
     """
     side = cfg.image_sample_size
+    if cfg.videox_fun.fix_sample_size:
+        height, width = (max(multiple, fixed // multiple * multiple) for fixed in cfg.videox_fun.fix_sample_size)
+        return width, height
     if not cfg.enable_bucket:
         return side, side
     rounding = math.lcm(32, multiple) if side % math.lcm(32, multiple) == 0 else multiple
@@ -105,12 +111,20 @@ def target_size(cfg: EditConfig, size: tuple[int, int], multiple: int) -> tuple[
 def size_at(cfg: EditConfig, bucket: tuple[int, int], step: int, multiple: int) -> tuple[int, int]:
     """The target size of a step, the same for all its samples: the bucket's, or with random_hw_adapt that of a side
     between 512 and image_sample_size, a function of (seed, step)."""
-    if not cfg.random_hw_adapt:
+    if not cfg.random_hw_adapt or cfg.videox_fun.fix_sample_size:
         return bucket
-    sides = range(-(-SMALLEST_SIDE // multiple) * multiple, cfg.image_sample_size + 1, multiple)
-    scale = np.random.RandomState([cfg.run.seed, step]).choice(sides) / cfg.image_sample_size
+    if cfg.videox_fun.videox_fun_meanings:
+        scale = 1 / shrinking(cfg.image_sample_size, cfg.run.seed, step)
+    else:
+        sides = range(-(-SMALLEST_SIDE // multiple) * multiple, cfg.image_sample_size + 1, multiple)
+        scale = np.random.RandomState([cfg.run.seed, step]).choice(sides) / cfg.image_sample_size
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in bucket)
     return width, height
+
+
+def smallest_side(cfg: EditConfig) -> int:
+    """What image_sample_size must be at least for random_hw_adapt, where that draws."""
+    return 0 if cfg.videox_fun.fix_sample_size or cfg.videox_fun.videox_fun_meanings else SMALLEST_SIDE
 
 
 def fit_target(cfg: EditConfig, image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -129,6 +143,7 @@ class View(NamedTuple):
     row: int
     size: tuple[int, int]  # of the target
     frame: int  # of a video; 0 for images
+    flip: bool = False  # mirrored, target and sources
 
 
 @dataclass
@@ -141,19 +156,20 @@ class Rows:
     multiple: int  # pixels of a packed token: what sides must be multiples of
 
     def view(self, cfg: EditConfig, row: int, step: int, epoch: int) -> View:
-        frame = 0
+        seeds, frame = [cfg.run.seed, epoch, int(self.records[row].digest[:8], 16)], 0
         if self.frames[row] > 1:
-            seeds = [cfg.run.seed, epoch, int(self.records[row].digest[:8], 16)]
             frame = int(np.random.RandomState(seeds).randint(self.frames[row]))
-        return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame)
+        flip = cfg.videox_fun.random_flip and np.random.RandomState([*seeds, 1]).rand() < 0.5
+        return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame, bool(flip))
 
     def first_views(self, cfg: EditConfig) -> list[View]:
-        """Each row as the first step would see it: the only one, without random sizes and videos."""
-        return [self.view(cfg, row, 0, 0) for row in range(len(self.records))]
+        """Each row as the first step would see it, never mirrored: the only one, without random sizes, videos and
+        random_flip."""
+        return [self.view(cfg, row, 0, 0)._replace(flip=False) for row in range(len(self.records))]
 
     def views(self, cfg: EditConfig, sampler: MicroBatchSampler, max_train_steps: int) -> set[View]:
         """All that the rest of the run will need: the order of samples is known beforehand."""
-        if not cfg.random_hw_adapt and max(self.frames) == 1:
+        if not (cfg.random_hw_adapt or cfg.videox_fun.random_flip) and max(self.frames) == 1:
             return set(self.first_views(cfg))
         needed = set()
         for step, group in sampler.steps():
@@ -170,7 +186,8 @@ class Rows:
 def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: Collection[str]) -> tuple[Rows, Rows]:
     """Checked rows: those to train on, and those held out for the validation loss."""
     problem = partial(row_problem, train_mode=cfg.train_mode)
-    parts = load_records(cfg, run, known_good, row_problem=problem, **CHECKS)
+    train, held_out = load_records(cfg, run, known_good, row_problem=problem, **CHECKS)
+    parts = train[: cfg.videox_fun.max_train_samples or None], held_out
     train, held_out = (on_main(run, measured, cfg, records, multiple) for records in parts)
     return train, held_out
 
@@ -196,16 +213,18 @@ class Picture(NamedTuple):
     record: Record
     which: int | None  # source; None is the target
     frame: int  # of a video
+    flip: bool = False
 
     def identity(self) -> tuple:
         """Equal for pictures that are encoded alike: the same file and frame in the same role at the same size."""
         sources = self.record.source_file_path
         path = self.record.file_path if self.which is None else sources[self.which]
-        return self.size, path, self.frame, self.which is None
+        return self.size, path, self.frame, self.which is None, self.flip
 
     def load(self, train_data_dir: str) -> Image.Image:
-        """RGB, as large as it is."""
-        return load_picture(self.record, train_data_dir, self.which, self.frame)
+        """RGB, as large as it is, mirrored where the row is."""
+        image = load_picture(self.record, train_data_dir, self.which, self.frame)
+        return ImageOps.mirror(image) if self.flip else image
 
 
 @lru_cache(maxsize=8)  # a row's prompt and its empty prompt ask for the same sources, one after the other
@@ -220,11 +239,14 @@ def draws(cfg: EditConfig, step: int, positions: Sequence[int], group_size: int)
     """(each sample's generator, uniform numbers (B,) that sigma is made of, whether the caption is dropped (B,)).
 
     Functions of (seed, step, position). With uniform_sampling the step's group_size samples, over all micro-batches
-    and processes, share out [0, 1): each has one stratum of equal width, in an order drawn by (seed, step).
+    and processes, share out [0, 1): each has one stratum of equal width, in an order drawn by (seed, step). As
+    VideoX-Fun means it, each process has one.
     """
     rngs = fm.sample_rngs(cfg.run.seed, step, positions)
     uniform, dropout = fm.draw_uniform(rngs), fm.draw_uniform(rngs)
-    if cfg.uniform_sampling:
+    if cfg.uniform_sampling and cfg.videox_fun.videox_fun_meanings:
+        uniform = process_strata(uniform, positions, group_size, cfg.batch)
+    elif cfg.uniform_sampling:
         order = np.random.RandomState([cfg.run.seed, step]).permutation(group_size)
         strata = uniform.new_tensor([order[position] for position in positions])
         uniform = (strata + uniform) / group_size

@@ -1,6 +1,7 @@
 """What the frozen encoders make of edits, and the cache that keeps it: targets, sources and prompts by the unmodified
 pipeline's own parts, at the sizes that it gives them."""
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,13 @@ from edits import (
     source_size,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from common.data import cache
-from common.data.cache import EmbeddingCache
+from common.data.cache import EmbeddingCache, folder_fingerprint
 from common.data.images import image_to_tensor
 from common.data.loader import of_place
 from common.data.manifest import Record
@@ -39,7 +41,7 @@ class Encoders:
 
     def __init__(self, cfg: EditConfig, folder: Path, device: torch.device, dtype: torch.dtype):
         self.cfg, self.device = cfg, device
-        self.vae = load_vae(folder, device, torch.float32)
+        self.vae = load_vae(folder, device, torch.float32, cfg.videox_fun.vae_path)
         text_encoder = (
             Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
         )
@@ -91,8 +93,30 @@ class Encoders:
         return [{name: values[index].cpu() for name, values in encoded.items()} for index in range(len(pixels))]
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=dtype).to(device).eval().requires_grad_(False)
+def load_vae(
+    folder: str | Path, device: torch.device, dtype: torch.dtype, vae_path: str | None = None
+) -> AutoencoderKLQwenImage:
+    """The model's VAE, the one in the folder vae_path, or the model's with the weights in the file vae_path."""
+    if vae_path and not Path(vae_path).is_file():
+        if not (Path(vae_path) / "config.json").is_file():
+            raise ValueError(f"vae_path {vae_path} is no file and has no config.json; give a folder vae/, say")
+        vae = AutoencoderKLQwenImage.from_pretrained(vae_path, dtype=dtype)
+    else:
+        vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", dtype=dtype)
+    if vae_path and Path(vae_path).is_file():
+        weights = load_file(vae_path)
+        if odd := sorted(weights.keys() ^ vae.state_dict().keys()):
+            raise ValueError(f"vae_path {vae_path} does not fit the model's VAE: {len(odd)} names, {odd[0]} for one")
+        vae.load_state_dict(weights)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def vae_fingerprint(vae_path: str | None) -> dict[str, str]:
+    """Of the other VAE, if there is one."""
+    if vae_path is None:
+        return {}
+    path = Path(vae_path)
+    return {"vae": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else folder_fingerprint(path)}
 
 
 def latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
@@ -116,22 +140,27 @@ def open_cache(cfg: EditConfig, run: Run, folder: Path) -> EmbeddingCache:
         latents="moments" if cfg.flow.cache_moments else "mode",
         target="whole" if cfg.enable_bucket else "cut",
         precision=cfg.precision.mixed_precision,
+        **on_main(run, vae_fingerprint, cfg.videox_fun.vae_path),
     )
 
 
 # ---- the cache's entries
 
 
+def seen(view: View) -> dict[str, int]:
+    return {"frame": view.frame} | ({"flip": 1} if view.flip else {})
+
+
 def target_key(embeddings: EmbeddingCache, record: Record, view: View) -> str:
-    return embeddings.key(record, view.size, part="target", frame=view.frame)
+    return embeddings.key(record, view.size, part="target", **seen(view))
 
 
 def source_key(embeddings: EmbeddingCache, record: Record, view: View, which: int) -> str:
-    return embeddings.key(record, None, part=f"source {which}", frame=view.frame)
+    return embeddings.key(record, None, part=f"source {which}", **seen(view))
 
 
 def prompt_key(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> str:
-    return embeddings.key(record, None, part="empty prompt" if empty else "prompt", frame=view.frame)
+    return embeddings.key(record, None, part="empty prompt" if empty else "prompt", **seen(view))
 
 
 def load_view(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> dict[str, Tensor]:
@@ -181,8 +210,8 @@ def what_to_encode(
         for view in sorted(views):
             record = rows.records[view.row]
             sizes = [source_size(size) for size in record.source_sizes]
-            sources = [Picture(size, record, which, view.frame) for which, size in enumerate(sizes)]
-            pictures[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame)
+            sources = [Picture(size, record, which, view.frame, view.flip) for which, size in enumerate(sizes)]
+            pictures[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame, view.flip)
             pictures |= {source_key(embeddings, record, view, source.which): source for source in sources}
             prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(record.text, sources)
             if cfg.pictures.caption_dropout:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from diffusers import QwenImageTransformer2DModel
 from edits import EMPTY, PIPELINES
+from encoding import load_vae
 
 from common.data.images import decode_image
 
@@ -61,6 +62,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     trained = {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
+    if run.get("vae_path"):
+        trained["vae"] = load_vae(base, torch.device("cpu"), dtype, run["vae_path"])
     pipeline = PIPELINES[mode].from_pretrained(base, dtype=dtype, **trained).to(device)
     if lora:
         pipeline.load_lora_weights(lora)

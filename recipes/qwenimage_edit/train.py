@@ -5,11 +5,10 @@ or LoRA. Read it top to bottom.
     bash run.sh full --train_data_dir /data/mine          the real model, on the machine that configs/full.yaml names
 
 Order: Config, data, model, loss, validation, main with the loop. Beside it: edits.py (rows, sizes, what validation
-shows), encoding.py (latents and prompts, cached), video.py (frames), adapters.py (what trains, LoRA). The settings
-that all recipes share are in common/settings.py.
+shows), encoding.py (latents and prompts, cached), video.py (frames), adapters.py (what trains, LoRA),
+from_videox_fun.py (its flags). The settings that all recipes share are in common/settings.py.
 """
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (fo
 import adapters
 import edits
 import encoding
+import from_videox_fun
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import Tensor
@@ -56,8 +56,6 @@ class Config:
     """rank of the LoRA adapters; 0, in recipes that can do without, trains the model's own weights"""
     lora_alpha: int = 16
     """an adapter's output is multiplied by lora_alpha / lora_rank"""
-    use_8bit_adam: bool = False
-    """the same as --optimizer adamw_8bit"""
     image_sample_size: int = 1024
     """target area is image_sample_size squared; a multiple of 16 (32 rounds sizes as the pipelines do)"""
     enable_bucket: bool = True
@@ -79,6 +77,7 @@ class Config:
     benchmark_sources: int = 1
     """source images of the benchmark"""
 
+    videox_fun: settings.Flat[from_videox_fun.Settings] = field(default_factory=from_videox_fun.Settings)
     run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
     data: settings.Flat[settings.Data] = field(default_factory=settings.Data)
     pictures: settings.Flat[settings.Pictures] = field(default_factory=settings.Pictures)
@@ -96,22 +95,20 @@ class Config:
         rules.multiple_of(self, "image_sample_size", 16, "VAE 8 x packing 2")
         rules.at_least(self, 1, "vae_mini_batch", "lora_alpha", "benchmark_prompt_tokens")
         rules.at_least(self, 0, "lora_rank", "validation_epochs", "benchmark_sources")
-        if self.random_hw_adapt and self.image_sample_size < edits.SMALLEST_SIDE:
+        from_videox_fun.apply(self.videox_fun, self.tuning, self.flow)
+        if self.random_hw_adapt and self.image_sample_size < edits.smallest_side(self):
             raise ValueError(
-                f"random_hw_adapt draws sizes from {edits.SMALLEST_SIDE} to image_sample_size, which is "
-                f"{self.image_sample_size}; expected at least {edits.SMALLEST_SIDE}"
+                f"random_hw_adapt draws sizes from {edits.smallest_side(self)} to image_sample_size, which is "
+                f"{self.image_sample_size}; expected at least {edits.smallest_side(self)}"
             )
-        if self.lora_rank and self.trainable_modules != (".",):
+        low = self.videox_fun.trainable_modules_low_learning_rate
+        if self.lora_rank and (*self.trainable_modules, *low) != (".",):
             raise ValueError(
                 f"lora_rank {self.lora_rank} trains adapters alone, got trainable_modules "
-                f"{' '.join(self.trainable_modules)} too; drop one of them"
+                f"{' '.join((*self.trainable_modules, *low))} too; drop one of them"
             )
-        if self.use_8bit_adam and self.tuning.optimizer not in ("adamw", "adamw_8bit"):
-            raise ValueError(
-                f"use_8bit_adam means --optimizer adamw_8bit, got --optimizer {self.tuning.optimizer} too; drop one"
-            )
-        if self.use_8bit_adam:
-            self.tuning.optimizer = "adamw_8bit"
+        if not self.lora_rank and (self.videox_fun.target_name or self.videox_fun.lora_skip_name):
+            raise ValueError("target_name and lora_skip_name are for LoRA; add --lora_rank 128 --lora_alpha 64, say")
         if self.data.train_data_dir == "":
             self.data.train_data_dir = "/"  # a manifest of absolute paths
 
@@ -201,8 +198,10 @@ class Models:
 def choose_trained(cfg: Config, transformer: QwenImageTransformer2DModel) -> str:
     """LoRA adapters or the model's own weights, all or some. Says which."""
     if cfg.lora_rank:
-        return adapters.add_lora(transformer, cfg.lora_rank, cfg.lora_alpha)
-    return adapters.train_matching(transformer, cfg.trainable_modules)
+        names = cfg.videox_fun.target_name, cfg.videox_fun.lora_skip_name
+        return adapters.add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, *names)
+    low = cfg.videox_fun.trainable_modules_low_learning_rate
+    return adapters.train_matching(transformer, cfg.trainable_modules, low)
 
 
 def export_trained(run: Run, cfg: Config, models: Models) -> None:
@@ -293,7 +292,7 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
         latents = latents + batch["posterior_std"].to(device) * fm.draw_normal(rngs, latents.shape[1:]).to(device)
     target_tokens, *source_tokens = (each.shape[-2] * each.shape[-1] // 4 for each in (latents, *sources_of(batch)))
     shift = fm.checkpoint_shift(target_tokens, models.scheduler_config)
-    flow = dataclasses.replace(cfg.flow, timestep_sampling="uniform") if cfg.uniform_sampling else cfg.flow
+    flow = from_videox_fun.flow_of(cfg.videox_fun, cfg.flow, cfg.uniform_sampling)
     sigma = fm.draw_sigmas(uniform, flow, shift).to(device)  # (B,)
 
     errors = sample_errors(models, batch, latents, noise, sigma)  # (B,)
@@ -370,7 +369,7 @@ def draw_pictures(run: Run, cfg: Config, models: Models, data: loader.Data, fold
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = config.parse_recipe(Config, argv)
+    cfg = config.parse_recipe(Config, argv, from_videox_fun.SECOND_NAMES, from_videox_fun.SKIPPED)
     run = launch.set_up(cfg, RECIPE, argv)  # processes, strategy, output folder, the checkpoint to go on from
 
     folder = folders.model_folder(cfg, run, PARTS, RECIPE / "full_size")
@@ -384,7 +383,9 @@ def main(argv: list[str] | None = None) -> None:
 
     read = adapters.reader(run, transformer, weights, cfg.run.seed)  # shard by shard; adapters begin
     transformer = loading.load_model(run, cfg, transformer, weights, read=read, frozen_dtype=run.compute_dtype)
-    optimizer = optimizers.build_optimizer(run, transformer, cfg.tuning.optimizer, cfg.optim)
+    videox_fun = cfg.videox_fun
+    groups = adapters.rate_groups(transformer, cfg.trainable_modules, videox_fun.trainable_modules_low_learning_rate)
+    optimizer = optimizers.build_optimizer(run, transformer, cfg.tuning.optimizer, cfg.optim, groups)
     model, optimizer = launch.prepare(run, transformer, optimizer, cfg.tuning.gradient_release)
     models = Models(
         transformer=model,
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype=run.compute_dtype,
         trained_share=trained_share,
         ema=Ema.of(transformer, cfg.tuning.ema_decay),
-        vae=encoding.load_vae(folder, run.device, run.compute_dtype) if run.validates else None,
+        vae=encoding.load_vae(folder, run.device, run.compute_dtype, videox_fun.vae_path) if run.validates else None,
     )
     state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, models.config)
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
