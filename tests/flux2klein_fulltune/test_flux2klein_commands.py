@@ -3,14 +3,11 @@ draws every 100 steps."""
 
 import json
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import yaml
-from accelerate.commands import launch as launcher
 from helpers import ROOT, column, locked, run_command
-from torch.distributed.run import determine_local_world_size
 
 from common.start.config import parse_recipe
 
@@ -21,17 +18,6 @@ def test_the_first_run_draws_every_100_steps(train):
     """Catches a debug config that no longer shows early what a run does."""
     cfg = parse_recipe(train.Config, ["--config", str(RECIPE / "configs/debug.yaml"), "--train_data_dir", "given"])
     assert (cfg.validation.validation_steps, cfg.batch.max_train_steps) == (100, 1000)
-
-
-@pytest.mark.parametrize("file", sorted((RECIPE / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_launch_file_alone_says_how_many_processes(file):
-    """Catches a launch file that works under run.sh only ("You need to manually pass in `--num_processes`"), and one
-    that does not take every GPU that there is."""
-    words = ["--config_file", str(file), "train.py", "--config", "configs/full.yaml"]
-    args, _, _ = launcher._validate_launch_command(launcher.launch_command_parser().parse_args(words))
-    with mock.patch.object(torch.cuda, "is_available", lambda: True), mock.patch("torch.cuda.device_count", lambda: 4):
-        processes = determine_local_world_size(str(args.num_processes))
-    assert processes == (1 if file.stem == "single" else 4)
 
 
 @pytest.mark.slow
