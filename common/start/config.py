@@ -28,7 +28,10 @@ def yaml_to_flags(path: str | Path) -> list[str]:
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"no config file {path}; in that folder there are: {', '.join(there) or 'none'}")
-    content = yaml.safe_load(path.read_text()) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}")
     return _flags(content, "")
@@ -49,6 +52,12 @@ def _flags(mapping: dict, prefix: str) -> list[str]:
     return flags
 
 
+def _config_file(given: str, config_class: type) -> Path:
+    """The file as given, or where the working directory has none, that of the folder of config_class's script."""
+    beside = Path(getattr(sys.modules[config_class.__module__], "__file__", "")).parent / given
+    return beside if beside.is_file() and not Path(given).is_file() else Path(given)
+
+
 def parse_config(
     config_class: type[ConfigClass],
     argv: list[str] | None = None,
@@ -67,7 +76,7 @@ def parse_config(
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise ValueError("--config needs a YAML file after it")
-        flags += yaml_to_flags(argv[at + 1])
+        flags += yaml_to_flags(_config_file(argv[at + 1], config_class))
         del argv[at : at + 2]
     quiet = os.environ.get("RANK", "0") != "0"  # a mistake is shown once, not by every process
     options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}

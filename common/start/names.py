@@ -13,7 +13,8 @@ def plain(word: str) -> str:
 
 
 def translated(words: Sequence[str], second_names: Mapping[str, str], skipped: Mapping[str, str]) -> list[str]:
-    """Flags under the names that the parser knows. What `skipped` names is left out, with its values and a notice."""
+    """Flags under the names that the parser knows. What `skipped` names is left out, with its values and a notice. A
+    second name may stand for a value ("fp16": "mixed_precision=fp16"); its --no- form then asks for nothing."""
     result: list[str] = []
     skips = False
     for word in words:
@@ -29,7 +30,8 @@ def translated(words: Sequence[str], second_names: Mapping[str, str], skipped: M
         elif name in second_names:
             negated = "no-" if word.replace("_", "-").startswith("--no-") else ""
             _, equals, value = word.partition("=")
-            result.append(f"--{negated}{second_names[name]}{equals}{value}")
+            if not (negated and "=" in second_names[name]):
+                result.append(f"--{negated}{second_names[name]}{equals}{value}")
         else:
             result.append(word)
     return result
@@ -44,7 +46,7 @@ def described(second_names: Mapping[str, str], skipped: Mapping[str, str]) -> st
 
 def take_launcher_flags(words: Sequence[str]) -> list[str]:
     """Leave out what the deepspeed launcher adds to a script's flags, and hand it to accelerate as its own launcher
-    would: --deepspeed, --deepspeed_config FILE (of the working directory, or else of the recipe) and --local_rank N."""
+    would: --deepspeed, --deepspeed_config FILE (the working directory's, or else the recipe's) and --local_rank N."""
     result: list[str] = []
     words = list(words)
     while words:
@@ -53,8 +55,8 @@ def take_launcher_flags(words: Sequence[str]) -> list[str]:
         if name in ("--deepspeed_config", "--local_rank", "--local-rank"):
             value = value or (words.pop(0) if words else "")
             if name == "--deepspeed_config":
-                os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-                os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.abspath(value) if Path(value).is_file() else value
+                file = os.path.abspath(value) if Path(value).is_file() else value
+                os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
         elif name != "--deepspeed":
             result.append(word)
     return result

@@ -160,9 +160,9 @@ def load_rows(cfg: RowSettings, file: Path, processor: Qwen3VLProcessor) -> list
 
 
 def pool_folder(given: str | None, train_data_dir: str | None) -> str | None:
-    """A pool inside train_data_dir may be named relative to it: its whole path."""
-    inside = Path(train_data_dir or "", given or "")
-    return str(inside) if given and inside.is_dir() else given
+    """The whole path of a pool that is named relative to train_data_dir, or to the working directory."""
+    places = [Path(train_data_dir or "", given), Path(given)] if given else []
+    return next((str(place.absolute()) for place in places if place.is_dir()), given)
 
 
 def retention_files(cfg: RowSettings, split: str) -> list[Path]:

@@ -1,9 +1,10 @@
 """Draw people who do not exist and write questions about them, in both directions.
 
-    python generate_data.py --config face_config.yaml --output_dir DATA [--num_entities 8 ...]
+    python generate_data.py --config face_config.yaml [--output_dir DATA] [--num_entities 8 ...]
 
 Every key of the config is a flag too. Writes DATA/<task>_<split>.jsonl (see qa_rows.py), DATA/images/ and
-DATA/entities.json. With --image_model a local text-to-image model in diffusers' layout makes the pictures.
+DATA/entities.json; DATA is data/<name> of the working directory when not given. With --image_model a local
+text-to-image model in diffusers' layout makes the pictures.
 """
 
 import argparse
@@ -60,6 +61,9 @@ class FaceConfig:
 
     connectors: tuple[str, ...]
     """wordings of the relation that read both ways, shared out to the splits"""
+    name: str = ""
+    """without --output_dir everything is written to data/<name> of the working directory; <num_entities>faces when
+    empty"""
     num_entities: int = 30
     """people; each has a face and a description of its own"""
     min_differences: int = 2
@@ -227,13 +231,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, default=RECIPE / "face_config.yaml", help="settings of people and rows")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where everything is written; empty or new")
+    parser.add_argument("--output_dir", type=Path, help="where everything is written; empty or new")
     parser.add_argument("--image_model", help="folder of a text-to-image model; without it faces are drawn")
     parser.add_argument("--num_workers", type=int, default=0, help="processes of image_model, one a GPU; 0: all GPUs")
+    parser.add_argument("--num_entities", help="people; as many as the config says when not given")
     args, settings = parser.parse_known_args(argv)
+    settings += ["--num_entities", args.num_entities] if args.num_entities else []
     cfg = parse_config(FaceConfig, ["--config", str(args.config), *settings])
-    generate(cfg, args.output_dir, args.image_model, args.num_workers)
-    print(f"{cfg.num_entities} people, {sum(cfg.images_per_entity)} pictures each, written to {args.output_dir}")
+    folder = args.output_dir or Path("data", cfg.name or f"{cfg.num_entities}faces")
+    generate(cfg, folder, args.image_model, args.num_workers)
+    print(f"{cfg.num_entities} people, {sum(cfg.images_per_entity)} pictures each, written to {folder}")
 
 
 if __name__ == "__main__":

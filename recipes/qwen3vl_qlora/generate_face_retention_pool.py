@@ -1,8 +1,9 @@
 """Simple questions about faces that no entity has: what a model should still answer after training on the entities.
 
-    python generate_face_retention_pool.py --output_dir POOL [--num_faces 200]
+    python generate_face_retention_pool.py [--output_dir POOL] [--num_faces 200]
 
-Writes POOL/face_retention_<split>.jsonl (see qa_rows.py) and POOL/images/. A face is in one split only.
+Writes POOL/face_retention_<split>.jsonl (see qa_rows.py) and POOL/images/; POOL is data/face_retention_pool of the
+working directory when not given. A face is in one split only.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from qa_rows import make_row, new_folder, share_out, write_rows
 from common.start.plan import explained_errors
 
 TASK = "face_retention"
+FACES_A_PERSON = 5  # 16 rows to train on: beside the 24 of a person in the data, more than a retention_ratio of 0.3
 
 
 def face_questions(face: Face) -> list[tuple[str, str]]:
@@ -56,9 +58,17 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where everything is written; empty or new")
-    parser.add_argument("--num_faces", type=int, default=200, help="people, one picture each")
-    parser.add_argument("--num_entities", type=int, dest="num_faces", help="the same as --num_faces")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("data", TASK + "_pool"),
+        help="where everything is written; empty or new",
+    )
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--num_faces", type=int, default=200, help="people, one picture each")
+    number.add_argument(
+        "--num_entities", type=int, help=f"people of the data that this is mixed into: {FACES_A_PERSON} faces for each"
+    )
     parser.add_argument(
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), help="shares of train, validation and test"
     )
@@ -67,16 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_model", help="folder of a text-to-image model; without it faces are drawn")
     parser.add_argument("--num_workers", type=int, default=0, help="processes of image_model, one a GPU; 0: all GPUs")
     args = parser.parse_args(argv)
+    num_faces = args.num_faces if args.num_entities is None else FACES_A_PERSON * args.num_entities
     generate(
         args.output_dir,
-        args.num_faces,
+        num_faces,
         args.split,
         args.image_size,
         args.seed,
         args.image_model,
         args.num_workers,
     )
-    print(f"{args.num_faces} faces, four questions each, written to {args.output_dir}")
+    print(f"{num_faces} faces, four questions each, written to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Simple questions about drawn shapes: what a model should still answer after training on faces.
 
-    python generate_object_retention_pool.py --output_dir POOL [--num_objects 200]
+    python generate_object_retention_pool.py [--output_dir POOL] [--num_objects 200]
 
-Writes POOL/object_retention_<split>.jsonl (see qa_rows.py) and POOL/images/. A combination of shape, colour, place and
-background is in one split only.
+Writes POOL/object_retention_<split>.jsonl (see qa_rows.py) and POOL/images/; POOL is data/object_retention_pool of the
+working directory when not given. A combination of shape, colour, place and background is in one split only.
 """
 
 import argparse
@@ -61,7 +61,12 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where everything is written; empty or new")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("data", TASK + "_pool"),
+        help="where everything is written; empty or new",
+    )
     parser.add_argument("--num_objects", type=int, default=200, help="pictures, one shape each")
     parser.add_argument(
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), help="shares of train, validation and test"

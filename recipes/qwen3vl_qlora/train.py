@@ -3,6 +3,7 @@ the attention of its language model. From one V100 32GB up. Read it top to botto
 
     bash run.sh                                            the tiny model and drawn faces, on any machine
     bash run.sh full --train_data_dir DATA --task forward  the real model, on the machine that configs/full.yaml names
+    python train.py --config FILE --name N --task forward  to outputs/N_forward of the working directory
 
 Order: Config, data, model, loss, validation, saving, main with the loop. Rows and labels are in conversations.py, the
 learning rate's plateau schedule in plateau.py, loading the base in quantized_base.py. The settings that all recipes
@@ -25,6 +26,7 @@ import torch
 from conversations import IGNORE_INDEX, Conversations, Row, collate, encode, load_all_rows, pool_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_base import find_base, load_base, prepare_base, random_base
+from qwen3vl_names import SECOND_NAMES
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
@@ -41,7 +43,8 @@ from common.step import optimizers, steps
 LENGTH_BUCKET = 64  # tokens; rows of one bucket share a micro-batch with --group_by_length
 BENCHMARK_ANSWER = 32  # tokens
 # none of the vision tower, whose layers are named qkv and proj
-TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = rf".*language_model.*\.({'|'.join(ADAPTED)})"
 MEMORY_ADVICE = (
     "In this order, try: --gradient_checkpointing; --train_batch_size 1 with --global_batch_size; "
     "a smaller --max_pixels or --max_length; a smaller --lora_rank; a smaller model of the family"
@@ -58,9 +61,11 @@ class Config:
     """local folder or a hub name; "tiny" is the embedded model that make_tiny.py builds"""
     task: Literal["forward", "reverse"] = "forward"
     """train on <task>_train.jsonl: picture -> description, or description and picture -> Correct or Wrong"""
+    name: str = ""
+    """when given, output_dir is outputs/<name>_<task> of the working directory, unless that is given too"""
     face_retention_pool: str | None = None
-    """folder made by generate_face_retention_pool.py, mixed in so that what the base can do is kept; may be relative
-    to train_data_dir"""
+    """folder made by generate_face_retention_pool.py, mixed in so that what the base can do is kept; relative
+    to train_data_dir or to the working directory"""
     object_retention_pool: str | None = None
     """folder made by generate_object_retention_pool.py, mixed in likewise"""
     retention_ratio: float = 0.3
@@ -84,6 +89,8 @@ class Config:
     """an adapter's output is multiplied by lora_alpha / lora_rank"""
     lora_dropout: float = 0.05
     """dropout of the adapters' inputs"""
+    target_modules: tuple[str, ...] = ADAPTED
+    """layers of the language model that get adapters: these four, in any order"""
 
     lr_warmup_ratio: float = 0.02
     """when lr_warmup_steps is 0, the warm-up as a share of max_train_steps"""
@@ -137,6 +144,13 @@ class Config:
             raise ValueError(
                 f"expected 1024 (one token) <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
+        if set(self.target_modules) != set(ADAPTED):
+            raise ValueError(
+                f"target_modules must be {' '.join(ADAPTED)}, the attention of the language model, in any order; "
+                f"got {' '.join(self.target_modules)}; leave it out"
+            )
+        if self.name and not self.run.output_dir:
+            self.run.output_dir = str(Path("outputs", f"{self.name}_{self.task}"))
 
 
 # ---------------------------------------------------------------- data
@@ -384,7 +398,7 @@ def evaluate_best(run: Run, cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = config.parse_recipe(Config, argv)
+    cfg = config.parse_recipe(Config, argv, SECOND_NAMES)
     run = launch.set_up(cfg, RECIPE, argv)  # processes, strategy, output folder, the checkpoint to go on from
 
     if run.benchmark:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from answer_scoring import ABLATIONS, SCORES, choose_controls, rotate_options
+from conversations import pool_folder
 from evaluation_report import write_examples, write_plots, write_table
 from peft import PeftModel
 from qa_rows import LETTERS, read_rows
@@ -70,8 +71,8 @@ class Evaluation:
         self.base_model = self.base_model or run.get("pretrained_model_name_or_path")
         self.base_model = self.base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
         self.data_dir = self.data_dir or run.get("train_data_dir")
-        self.face_retention_pool = self.face_retention_pool or run.get("face_retention_pool")
-        self.object_retention_pool = self.object_retention_pool or run.get("object_retention_pool")
+        for name in ("face_retention_pool", "object_retention_pool"):
+            setattr(self, name, pool_folder(getattr(self, name) or run.get(name), self.data_dir))
         self.min_pixels = self.min_pixels or run.get("min_pixels")
         self.max_pixels = self.max_pixels or run.get("max_pixels")
         self.precision = self.precision or run.get("mixed_precision", "fp16")

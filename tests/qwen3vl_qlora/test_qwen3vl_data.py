@@ -334,7 +334,7 @@ def test_workers_share_the_pictures(tmp_path, monkeypatch):
 
 
 def test_face_pool(tmp_path):
-    out = run(face_pool, tmp_path / "pool", "--num_entities", 50, "--image_size", 32, "--split", 0.6, 0.2, 0.2)
+    out = run(face_pool, tmp_path / "pool", "--num_faces", 50, "--image_size", 32, "--split", 0.6, 0.2, 0.2)
     rows = {split: read(out, "face_retention", split) for split in SPLITS}
     assert [len(rows[split]) for split in SPLITS] == [120, 40, 40]
     pictures = [{row["images"][0] for row in rows[split]} for split in SPLITS]

@@ -72,7 +72,7 @@ def test_golden_losses(tiny, recipe):
 def test_the_base_answers_the_retention_questions(train, make_tiny, processor, tmp_path):
     """Catches weights that are not those of this vocabulary and these drawings."""
     if not make_tiny.WEIGHTS.is_file():
-        pytest.skip("no tiny weights yet: python make_tiny.py --pretrain")
+        pytest.skip("no tiny weights yet: python tiny/pretrain_qwen3vl.py")
     assert make_tiny.WEIGHTS.stat().st_size <= 4_000_000
     make_tiny.write_data(tmp_path)
     conversations = importlib.import_module("conversations")  # train.py has put its folder on the path
