@@ -7,10 +7,10 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from parity import Spy, assert_same_call, call_of_loss, mixed, picture
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,28 +31,8 @@ WIDTH, HEIGHT = 96, 64  # not square: a swap of the two fails
 TOKENS = (WIDTH // 16) * (HEIGHT // 16)
 PROMPTS = ["a red circle on the left, on a white background", "a cross"]  # of different lengths
 LENGTH = 40  # max_sequence_length: longer than both prompts, so that padding is seen
+SIZE = (WIDTH, HEIGHT)
 LARGE, TALL, FLAT = (1100, 1000), (70, 130), (150, 64)  # (width, height) of references; the first is shrunk
-
-
-class Spy:
-    """Keeps the keyword arguments of every call of a transformer's forward, and calls it."""
-
-    def __init__(self, transformer: torch.nn.Module):
-        self.calls: list[dict] = []
-        forward = transformer.forward
-
-        def spying(*positional, **named):
-            assert not positional, "arguments are passed by name"
-            self.calls.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in named.items()})
-            return forward(**named)
-
-        transformer.forward = spying
-
-
-def picture(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Random squares with sharp edges: another resampling than the pipeline's shows."""
-    values = np.random.RandomState(seed).randint(0, 256, (8, 12, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -83,7 +63,7 @@ def world(request, train, settings, model_folder) -> SimpleNamespace:
 def encoded(world: SimpleNamespace, number: int, references: tuple[Image.Image, ...] = ()) -> dict:
     """A row as the cache holds it."""
     if number not in world.encoded:
-        pixels = world.train.images.image_to_tensor(picture(number))
+        pixels = world.train.images.image_to_tensor(picture(number, SIZE))
         prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], LENGTH)
         world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
     latents = {f"reference_{index}": world.encoders.reference(image) for index, image in enumerate(references)}
@@ -108,7 +88,7 @@ def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int]) -> tuple[torc
     """(noisy latents (B, C, H/16, W/16), sigma (B,)) from the same random numbers, encoded and mixed by diffusers' own
     means."""
     pipeline = world.pipeline
-    pixels = pipeline.image_processor.preprocess([picture(number) for number in numbers]).float()  # (B, 3, H, W)
+    pixels = pipeline.image_processor.preprocess([picture(number, SIZE) for number in numbers]).float()  # (B, 3, H, W)
     with torch.no_grad():
         latents = pipeline._encode_vae_image(pixels, generator=None)
     uniform, noise = drawn_noise(world, numbers)
@@ -119,34 +99,6 @@ def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int]) -> tuple[torc
         for latent, s, n in zip(latents, sigma, noise, strict=True)
     ]
     return torch.cat(noisy), sigma
-
-
-def mixed(scheduler, latents: torch.Tensor, sigma: float, noise: torch.Tensor) -> torch.Tensor:
-    scheduler.set_timesteps(sigmas=[sigma])
-    return scheduler.scale_noise(latents, scheduler.timesteps[:1], noise)
-
-
-def assert_same_call(ours: dict, pipelines: dict, tolerances: dict[str, float]) -> None:
-    """tolerances: by name; what is not named must be equal to the last bit."""
-    assert ours.keys() == pipelines.keys(), f"{ours.keys() ^ pipelines.keys()} on one side only"
-    for name, expected in pipelines.items():
-        got = ours[name]
-        if isinstance(expected, torch.Tensor):
-            assert got.shape == expected.shape and got.dtype == expected.dtype, (name, got.shape, got.dtype, expected)
-            limit = tolerances.get(name, 0)
-            torch.testing.assert_close(
-                got, expected, atol=limit, rtol=limit, msg=lambda text, name=name: f"{name}: {text}"
-            )
-        else:
-            assert got == expected and type(got) is type(expected), (name, got, expected)
-
-
-def call_of_loss(world: SimpleNamespace, made: dict) -> dict:
-    world.spy.calls.clear()
-    with torch.no_grad():
-        world.train.compute_loss(world.models, made, world.cfg)
-    (call,) = world.spy.calls
-    return call
 
 
 def call_of_pipeline(
@@ -244,7 +196,7 @@ def test_batch_norm_statistics_normalise_and_stay(world):
     would move them."""
     vae = world.encoders.vae
     before = {name: value.clone() for name, value in vae.bn.state_dict().items()}
-    pixels = world.train.images.image_to_tensor(picture(7))
+    pixels = world.train.images.image_to_tensor(picture(7, SIZE))
     latents = world.encoders.image(pixels, moments=False)["latents"]
     world.encoders.reference(picture(8, TALL))
     assert not vae.training and not vae.bn.training and not any(p.requires_grad for p in vae.parameters())
@@ -258,7 +210,7 @@ def test_batch_norm_statistics_normalise_and_stay(world):
 
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is patched or scaled otherwise than its mean is."""
-    pixels, vae = world.train.images.image_to_tensor(picture(0)), world.encoders.vae
+    pixels, vae = world.train.images.image_to_tensor(picture(0, SIZE)), world.encoders.vae
     kept = world.encoders.image(pixels, moments=True)
     with torch.no_grad():
         posterior = vae.encode(pixels[None]).latent_dist
@@ -274,7 +226,8 @@ def test_decoding_undoes_encoding(world):
     only_float32(world)
     vae = world.encoders.vae
     with torch.no_grad():
-        direct = vae.decode(vae.encode(world.train.images.image_to_tensor(picture(0))[None]).latent_dist.mode()).sample
+        pixels = world.train.images.image_to_tensor(picture(0, SIZE))
+        direct = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample
     packed = world.pipeline._pack_latents(encoded(world, 0)["latents"][None])
 
     def stay(pipeline, i, t, tensors):  # whatever the random transformer did, decode the given latents
@@ -356,7 +309,7 @@ def test_references_that_the_pipeline_refuses_are_named(
 ):
     """Catches a reference too small or too long for the pipeline that is found out when it first draws, hours
     later."""
-    picture(0).save(tmp_path / "target.png")
+    picture(0, SIZE).save(tmp_path / "target.png")
     picture(1, TALL).save(tmp_path / "good.png")
     picture(2, size).save(tmp_path / "edge.png")
     rows = [{"file_path": "target.png", "text": "a cross", "source_file_path": [p]} for p in ("good.png", "edge.png")]

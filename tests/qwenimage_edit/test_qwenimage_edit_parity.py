@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,6 +14,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from parity import Spy, assert_same_call, call_of_loss, mixed, picture
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,30 +46,6 @@ KINDS = {  # pipeline, transformer's config, precision
     "plus-zero_cond_t": (QwenImageEditPlusPipeline, {"zero_cond_t": True}, "no"),
     "plus-bf16": (QwenImageEditPlusPipeline, {}, "bf16"),
 }
-
-
-class Spy:
-    """Keeps the keyword arguments and the result of every call of a transformer's forward."""
-
-    def __init__(self, transformer: torch.nn.Module):
-        self.calls: list[dict] = []
-        self.results: list[torch.Tensor] = []
-        forward = transformer.forward
-
-        def spying(*positional, **named):
-            assert not positional, "arguments are passed by name"
-            self.calls.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in named.items()})
-            result = forward(**named)
-            self.results.append(result[0])
-            return result
-
-        transformer.forward = spying
-
-
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Random squares with sharp edges: another resampling than the pipeline's shows."""
-    values = np.random.RandomState(seed).randint(0, 256, (8, 12, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
 
 
 def target(number: int) -> Image.Image:
@@ -177,17 +153,8 @@ def noisy_by_diffusers(world: SimpleNamespace, number: int, position: int) -> tu
     uniform, _, noise = drawn(world, [position])
     mu = 0.5 + (0.9 - 0.5) * (TOKENS - 256) / (8192 - 256)
     sigma = shift_sigmas(sample_sigmas(uniform, "logit_normal"), math.exp(mu)).double().item()
-    pipeline.scheduler.set_timesteps(sigmas=[sigma])
-    noisy = pipeline.scheduler.scale_noise(latents, pipeline.scheduler.timesteps[:1], noise)
+    noisy = mixed(pipeline.scheduler, latents, sigma, noise)
     return pipeline._pack_latents(noisy, 1, 16, *noisy.shape[-2:]), sigma
-
-
-def call_of_loss(world: SimpleNamespace, made: dict) -> dict:
-    world.spy.calls.clear()
-    with torch.no_grad():
-        world.train.compute_loss(world.models, made, world.cfg)
-    (call,) = world.spy.calls
-    return call
 
 
 def call_of_pipeline(world: SimpleNamespace, number: int, folder: Path, noisy: torch.Tensor, sigma: float) -> dict:
@@ -200,21 +167,6 @@ def call_of_pipeline(world: SimpleNamespace, number: int, folder: Path, noisy: t
     )  # fmt: skip
     (call,) = world.spy.calls
     return call
-
-
-def assert_same_call(ours: dict, pipelines: dict, tolerances: dict[str, float]) -> None:
-    """tolerances: by name; what is not named must be equal to the last bit."""
-    assert ours.keys() == pipelines.keys(), f"{ours.keys() ^ pipelines.keys()} on one side only"
-    for name, expected in pipelines.items():
-        got = ours[name]
-        if isinstance(expected, torch.Tensor):
-            assert got.shape == expected.shape and got.dtype == expected.dtype, (name, got.shape, got.dtype, expected)
-            limit = tolerances.get(name, 0)
-            torch.testing.assert_close(
-                got, expected, atol=limit, rtol=limit, msg=lambda text, name=name: f"{name}: {text}"
-            )
-        else:
-            assert got == expected and type(got) is type(expected), (name, got, expected)
 
 
 # ---- the call

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-from PIL import Image
+from parity import Spy, assert_same_call, call_of_loss, mixed, picture
 
 from common.data import images, loader
 from common.data.order import Place
@@ -23,27 +23,8 @@ from common.step.flow_matching import (
 )
 
 WIDTH, HEIGHT = 96, 64  # not square: a swap of the two fails
+SIZE = (WIDTH, HEIGHT)
 PROMPTS = ["a red circle on the left, on a white background", "a cross"]  # of different lengths
-
-
-class Spy:
-    """Keeps the keyword arguments of every call of a transformer's forward, and calls it."""
-
-    def __init__(self, transformer: torch.nn.Module):
-        self.calls: list[dict] = []
-        forward = transformer.forward
-
-        def spying(*positional, **named):
-            assert not positional, "arguments are passed by name"
-            self.calls.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in named.items()})
-            return forward(**named)
-
-        transformer.forward = spying
-
-
-def picture(seed: int) -> Image.Image:
-    values = np.random.RandomState(seed).randint(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -83,7 +64,7 @@ def place(position: int, step: int = 3) -> dict[str, int]:
 
 def encoded(world: SimpleNamespace, number: int) -> dict:
     if number not in world.encoded:
-        pixels = images.image_to_tensor(picture(number))
+        pixels = images.image_to_tensor(picture(number, SIZE))
         prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], 512)
         world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
     return world.encoded[number]
@@ -98,7 +79,7 @@ def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int], step: int = 3
     """(noisy latents (B, 16, 1, H/8, W/8), sigma (B,)) from the same random numbers, encoded and mixed by diffusers'
     own means."""
     pipeline, vae = world.pipeline, world.encoders.vae
-    pixels = pipeline.image_processor.preprocess([picture(number) for number in numbers]).float()  # (B, 3, H, W)
+    pixels = pipeline.image_processor.preprocess([picture(number, SIZE) for number in numbers]).float()  # (B, 3, H, W)
     with torch.no_grad():
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()
     latents = torch.stack(
@@ -120,34 +101,6 @@ def noisy_by_diffusers(world: SimpleNamespace, numbers: list[int], step: int = 3
     return noisy, sigma
 
 
-def mixed(scheduler, latents: torch.Tensor, sigma: float, noise: torch.Tensor) -> torch.Tensor:
-    scheduler.set_timesteps(sigmas=[sigma])
-    return scheduler.scale_noise(latents, scheduler.timesteps[:1], noise)
-
-
-def assert_same_call(ours: dict, pipelines: dict, tolerances: dict[str, float]) -> None:
-    """tolerances: by name; what is not named must be equal to the last bit."""
-    assert ours.keys() == pipelines.keys(), f"{ours.keys() ^ pipelines.keys()} on one side only"
-    for name, expected in pipelines.items():
-        got = ours[name]
-        if isinstance(expected, torch.Tensor):
-            assert got.shape == expected.shape and got.dtype == expected.dtype, (name, got.shape, got.dtype, expected)
-            limit = tolerances.get(name, 0)
-            torch.testing.assert_close(
-                got, expected, atol=limit, rtol=limit, msg=lambda text, name=name: f"{name}: {text}"
-            )
-        else:
-            assert got == expected and type(got) is type(expected), (name, got, expected)
-
-
-def call_of_loss(world: SimpleNamespace, numbers: list[int]) -> dict:
-    world.spy.calls.clear()
-    with torch.no_grad():
-        world.train.compute_loss(world.models, batch(world, numbers), world.cfg)
-    (call,) = world.spy.calls
-    return call
-
-
 def call_of_pipeline(world: SimpleNamespace, prompts: list[str], noisy: torch.Tensor, sigma: float) -> dict:
     world.spy.calls.clear()
     packed = world.pipeline._pack_latents(noisy, len(noisy), 16, HEIGHT // 8, WIDTH // 8).to(world.dtype)
@@ -164,7 +117,7 @@ def test_one_sample(world, number):
     """Catches a wrong prompt template, dropped tokens, normalisation, mixing, packing, timestep scale, img_shapes
     order or dtype."""
     noisy, sigma = noisy_by_diffusers(world, [number])
-    ours = call_of_loss(world, [number])
+    ours = call_of_loss(world, batch(world, [number]))
     pipelines = call_of_pipeline(world, [PROMPTS[number]], noisy, sigma.item())
     assert_same_call(ours, pipelines, {"hidden_states": 1e-5 if world.dtype == torch.float32 else 1e-2})
     assert ours["encoder_hidden_states_mask"] is None and ours["img_shapes"] == [[(1, HEIGHT // 16, WIDTH // 16)]]
@@ -173,7 +126,7 @@ def test_one_sample(world, number):
 
 def test_two_unequal_prompts(world):
     """Catches a text mask that is not passed, or another padding than the pipeline's."""
-    ours = call_of_loss(world, [0, 1])
+    ours = call_of_loss(world, batch(world, [0, 1]))
     noisy, _ = noisy_by_diffusers(world, [0, 1])
     pipelines = call_of_pipeline(world, PROMPTS, noisy, 0.5)
     for name in (
@@ -257,7 +210,7 @@ def test_empty_caption_is_the_encoded_one(world):
 
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
-    pixels = images.image_to_tensor(picture(0))
+    pixels = images.image_to_tensor(picture(0, SIZE))
     vae = world.encoders.vae
     kept = world.encoders.image(pixels, moments=True)
     with torch.no_grad():
@@ -276,7 +229,8 @@ def test_decoding_undoes_encoding(world):
     latents = encoded(world, 0)["latents"][None]
     vae = world.encoders.vae
     with torch.no_grad():
-        direct = vae.decode(vae.encode(images.image_to_tensor(picture(0))[None, :, None]).latent_dist.mode()).sample
+        pixels = images.image_to_tensor(picture(0, SIZE))
+        direct = vae.decode(vae.encode(pixels[None, :, None]).latent_dist.mode()).sample
     packed = world.pipeline._pack_latents(latents, 1, 16, HEIGHT // 8, WIDTH // 8)
 
     def stay(pipeline, i, t, tensors):  # whatever the random transformer did, decode the given latents
