@@ -134,6 +134,7 @@ MASKED = (
 )
 
 
+@pytest.mark.slow
 def test_a_mask_is_a_column(tiny, original, tmp_path, capfd):
     """Catches a column of pictures that is not checked, not part of the cache's keys, or lost on the way to the loss,
     in training or on held-out rows. White masks change nothing, black ones leave no error."""

@@ -178,6 +178,7 @@ def test_base_draws_shapes_but_no_colours(tiny, pipe):
     assert np.mean(right) >= 0.8, right
 
 
+@pytest.mark.slow
 def test_pretraining_writes_weights_that_make_reads(make_tiny, tmp_path, capsys):
     """A trial of a few steps: all stages run, and their result is what the checkpoint holds."""
     weights = tmp_path / "weights.safetensors"

@@ -33,6 +33,7 @@ def straight(train, config, tmp_path_factory) -> Path:
 # ---- resume
 
 
+@pytest.mark.slow
 def test_resume_is_exact(train, config, straight, tmp_path):
     """Catches lost optimizer state, a learning rate, an order of samples or noise that begin anew after a stop signal
     in the second step: equal to the last bit."""
@@ -138,6 +139,7 @@ def test_a_batch_of_one_takes_any_references(train, config, data_folder, tmp_pat
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses.values())
 
 
+@pytest.mark.slow
 def test_sides_are_multiples_of_16(train, settings, config, tmp_path):
     """Catches sides that must be multiples of 32, which 1328 is not, and an odd number of tokens that the recipe or
     the pipeline cannot take."""
@@ -150,6 +152,7 @@ def test_sides_are_multiples_of_16(train, settings, config, tmp_path):
     assert Image.open(tmp_path / "validation_images/step_000001/000.png").size == (80, 80)
 
 
+@pytest.mark.slow
 def test_gradient_release_through_the_recipe(train, config, tmp_path):
     """Catches hooks that are set after the model is wrapped or keep the first learning rate, and a step made twice."""
     flags = ["--max_train_steps", 3, "--optimizer", "adafactor", "--max_grad_norm", 0, "--lr_warmup_steps", 2]

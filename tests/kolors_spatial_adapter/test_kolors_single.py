@@ -111,6 +111,7 @@ def test_bf16_with_checkpointing(train, config, tmp_path):
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_generation_alone(train, config, tmp_path, adapter_module, pipeline):
     """Catches heads that are made, trained or asked for when only generation is wanted; and a start from an earlier
     adapter that is not that adapter."""

@@ -83,6 +83,7 @@ def test_a_checkpoint_holds_the_adapters_only(straight):
     assert len(schedule["history"]) == 7 and state["segments"] == [[8, 6]]
 
 
+@pytest.mark.slow
 def test_early_stop_ends_the_run(train, config, tmp_path, capfd):
     """Catches a stop that is not obeyed, that loses final/, or that a resume forgets."""
     flags = ["--config", config, "--output_dir", tmp_path, *FULL, "--min_lr", 0.0015]
@@ -97,6 +98,7 @@ def test_early_stop_ends_the_run(train, config, tmp_path, capfd):
     assert len(read_rows(tmp_path)) == 5 and "stopped at step 5: no improvement" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stop_is_taken_back_by_other_settings(train, config, tmp_path):
     """Catches a run that can never go on after its schedule has stopped it, whatever its user changes."""
     flags = ["--config", config, "--output_dir", tmp_path, *FULL]
@@ -105,6 +107,7 @@ def test_a_stop_is_taken_back_by_other_settings(train, config, tmp_path):
     assert len(read_rows(tmp_path)) > 5
 
 
+@pytest.mark.slow
 def test_a_mistake_deletes_nothing(train, config, tmp_path):
     """Catches --overwrite_output_dir deleting an earlier run before the data of the new one is looked at."""
     run_main(train, ["--config", config, "--output_dir", tmp_path, *FULL])
@@ -178,6 +181,7 @@ def test_without_validation_best_is_final(train, config, tmp_path):
     assert not (tmp_path / "validation.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_epoch_is_the_default_between_validations(train, config, tmp_path):
     """Catches epochs that forget the retention rows: 48 + 21 rows in steps of 8 are 8.6, so 9 steps."""
     flags = ["--max_train_steps", 10, "--validation_epochs", 1, "--validation_steps", 50, "--max_validation_rows", 2]
@@ -192,6 +196,7 @@ def test_an_epoch_is_the_default_between_validations(train, config, tmp_path):
 # ---- how a batch is split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (1, 8)])
 def test_accumulation_is_the_larger_batch(train, config, tmp_path, batch_size, accumulation):
     """Catches a mean of means: rows have 2 to 9 answer tokens, and each token counts the same."""
@@ -203,6 +208,7 @@ def test_accumulation_is_the_larger_batch(train, config, tmp_path, batch_size, a
         assert largest_difference(column(tmp_path / "split", name), column(tmp_path / "one", name)) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_group_by_length(train, config, tmp_path):
     """Catches steps that mix rows of unlike lengths where they should not, and a loss that then differs in kind."""
     seen = []
@@ -220,6 +226,7 @@ def test_group_by_length(train, config, tmp_path):
         assert max(len(lengths) for lengths in seen) == most
 
 
+@pytest.mark.slow
 def test_workers_and_bf16(train, config, tmp_path):
     """Catches rows that do not travel to loader workers, and a half precision that computes something else."""
     flags = ["--max_train_steps", 2, "--lora_dropout", 0]

@@ -53,6 +53,7 @@ def rows(tiny) -> dict[str, list[dict]]:
     return {name: json.loads((tiny / f"data/{name}.json").read_text()) for name in ("train", "validation")}
 
 
+@pytest.mark.slow
 def test_idempotent_and_remade(make_tiny, tiny, monkeypatch):
     index = tiny / "model/model_index.json"
     before = index.stat().st_mtime_ns

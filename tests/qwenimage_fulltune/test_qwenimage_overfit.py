@@ -78,6 +78,7 @@ def draw(pipeline, text: str, seed: int, output_type: str):
     ).images[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SCENES)
 def test_pictures_come_back_from_noise(trained, text):
     """Catches a wrong sign, scale, packing, template or normalisation anywhere between training and sampling.
@@ -96,6 +97,7 @@ def test_pictures_come_back_from_noise(trained, text):
         assert error < 0.3
 
 
+@pytest.mark.slow
 def test_decoded_picture_is_the_vaes_reconstruction(trained):
     """Catches latents that are normalised in training otherwise than the pipeline undoes it."""
     pipeline, expected = trained

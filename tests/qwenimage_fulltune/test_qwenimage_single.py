@@ -98,6 +98,7 @@ def test_a_checkpoint_of_another_strategy_is_refused(train, config, straight, tm
         run_main(train, ["--config", config, "--output_dir", tmp_path, "--resume_from_checkpoint", folder])
 
 
+@pytest.mark.slow
 def test_changed_data_and_settings_are_noticed_on_resume(train, config, straight, tmp_path, capfd):
     """Catches a resume on other data that says nothing, since the order of samples is then no continuation."""
     flags = ["--resume_from_checkpoint", straight / "checkpoint-4", "--max_train_steps", 5, "--learning_rate", 1e-4]
@@ -154,6 +155,7 @@ def test_export_opens_with_diffusers(straight, model_folder):
     assert image.size == (96, 64)
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing(train, config, straight, tmp_path):
     """Catches a validation that consumes randomness, leaves eval mode on, or leaves averaged weights in the model."""
     flags = ["--max_train_steps", 4, "--validation_steps", 1, "--ema_decay", 0.9]
@@ -191,6 +193,7 @@ def test_caches_and_checkpointing_do_not_change_the_loss(train, config, straight
     assert largest_difference(column(tmp_path), expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradient_release_through_the_recipe(train, config, tmp_path):
     """Catches hooks that are set after the model is wrapped or keep the first learning rate, and a step made twice."""
     flags = ["--max_train_steps", 5, "--optimizer", "adafactor", "--max_grad_norm", 0, "--learning_rate", 1e-3]
@@ -201,6 +204,7 @@ def test_gradient_release_through_the_recipe(train, config, tmp_path):
         assert largest_difference(column(tmp_path / "release", name), column(tmp_path / "plain", name)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_bf16_run_follows_the_float32_run(train, config, model_folder, tmp_path, optimizer):
     """Catches a bf16 run that stands still or diverges: losses near float32's, and weights moved by as much at
@@ -224,6 +228,7 @@ def test_bf16_run_follows_the_float32_run(train, config, model_folder, tmp_path,
     assert 0.9 < share < 1.1, share
 
 
+@pytest.mark.slow
 def test_the_tracker_gets_the_metrics(train, config, tmp_path, monkeypatch):
     """Catches a tracker that is named in the settings and never started, or gets no metrics."""
     wandb = pytest.importorskip("wandb")
@@ -327,6 +332,7 @@ def test_run_sh_names_what_there_is(recipe, arguments, variables, sentence):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_through_run_sh(recipe, tmp_path):
     """Catches a launcher that puts its own traceback after the sentence, or ends with another exit code."""
     done = run_command(["bash", recipe / "run.sh", "tiny", "--resolution", 100, "--output_dir", tmp_path])
