@@ -1,12 +1,15 @@
 """What the tests of every recipe share: loading a recipe's scripts, running it in this process or through `accelerate
 launch`."""
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,10 +122,12 @@ class Launched:
         return self
 
 
-def accelerate_command(recipe: Path, launch: str | Path, processes: int, argv: Sequence[object]) -> list[str]:
+def accelerate_command(
+    recipe: Path, launch: str | Path, processes: int, argv: Sequence[object], python: str | Path = sys.executable
+) -> list[str]:
     """The command that run.sh ends in; launch: a name in accelerate/, or a file."""
     file = launch if isinstance(launch, Path) else recipe / f"accelerate/{launch}.yaml"
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+    words = [python, "-m", "accelerate.commands.launch", "--config_file", file]
     words += ["--num_machines", 1, "--machine_rank", 0, "--main_process_port", 0, "--num_processes", processes]
     return [str(word) for word in (*words, recipe / "train.py", *argv)]
 
@@ -155,15 +160,19 @@ def run_command(command: Sequence[object], timeout: float = 600, **environment: 
     return Launched(process.returncode, output)
 
 
+def cpu_environment() -> dict[str, str]:
+    """The variables of runs that tests start."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**variables, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def start_command(command: Sequence[object], **environment: str) -> subprocess.Popen:
     for script in (Path(str(word)) for word in command[:2]):
         if script.name == "run.sh":
             make_tiny_base(script.parent)
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    variables |= {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
     return subprocess.Popen(
         [str(word) for word in command],
-        env=variables,
+        env={**cpu_environment(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -174,10 +183,36 @@ def start_command(command: Sequence[object], **environment: str) -> subprocess.P
 
 
 def launch(recipe: Path, strategy: str | Path, processes: int, argv: Sequence[object], **environment: str) -> Launched:
-    """Run a recipe through its launch file and wait for it. NVMe offload has the machine to itself: where a process
-    waits for its files while others run, gloo takes it for lost."""
+    """Run a recipe through its launch file, in processes that find their imports done, and wait for it. NVMe offload
+    has the machine to itself: where a process waits for its files while others run, gloo takes it for lost."""
+    python = warm_python(recipe)
+    command = accelerate_command(recipe, strategy, processes, argv, python)
     with locked("launched_runs", alone="nvme" in str(strategy)):
-        return run_command(accelerate_command(recipe, strategy, processes, argv), **environment)
+        return run_command(command, **{"PYTHON_EXEC": str(python), **environment})
+
+
+@functools.lru_cache(maxsize=1)
+def warm_python(recipe: Path) -> Path:
+    """A command like python, for processes that find what a recipe's train.py imports from elsewhere imported: see
+    warm.py. One server at a time, of the recipe that was asked for last."""
+    folder = Path(tempfile.mkdtemp(prefix="warm_python_"))
+    warm, python = Path(__file__).with_name("warm.py"), folder / "python"
+    words = [sys.executable, warm, "serve", folder / "socket", recipe / "train.py"]
+    server = subprocess.Popen([str(word) for word in words], env=cpu_environment(), stdin=subprocess.PIPE, cwd="/")
+
+    def stop() -> None:
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(stop)
+    python.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {shlex.quote(str(warm))} ask {folder}/socket "$@"\n'
+    )
+    python.chmod(0o755)
+    wait_for(lambda: (folder / "socket").exists() or server.poll() is not None, 120, f"the imports of {recipe.name}")
+    assert server.poll() is None, f"importing {recipe / 'train.py'} failed"
+    return python
 
 
 class NamedRuns:
@@ -222,6 +257,12 @@ def assert_equal_within_bf16(ours: dict[str, torch.Tensor], theirs: dict[str, to
         assert ours[name].dtype == tensor.dtype == torch.bfloat16
         assert ((a - b).abs() <= 2**-7 * b.abs() + 2e-5).all(), (name, (a - b).abs().max())
         assert (a != b).float().mean() < 0.02 or a.numel() < 500, (name, (a != b).float().mean())
+
+
+def assert_equal_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same names, and the same values to the last bit."""
+    assert ours.keys() == theirs.keys() and theirs
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
