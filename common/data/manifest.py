@@ -119,7 +119,8 @@ def parse_json(data: bytes) -> object:
     hundreds of digits, half characters."""
     try:
         value = json.loads(data.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+        if b"\\u" in data:  # an escape may be half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at place {error.start}") from error
