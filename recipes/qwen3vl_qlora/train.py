@@ -144,7 +144,7 @@ class Config:
             raise ValueError(
                 f"expected 1024 (one token) <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
-        if set(self.target_modules) != set(ADAPTED):
+        if sorted(self.target_modules) != sorted(ADAPTED):
             raise ValueError(
                 f"target_modules must be {' '.join(ADAPTED)}, the attention of the language model, in any order; "
                 f"got {' '.join(self.target_modules)}; leave it out"
@@ -261,7 +261,9 @@ def add_adapters(base: Qwen3VLForConditionalGeneration, cfg: Config) -> PeftMode
     adapted = {name.split(".lora_")[0] for name in trained}
     layers = base.config.text_config.num_hidden_layers
     assert all(".lora_" in name and ".visual." not in name for name in trained), "something but adapters would train"
-    assert len(adapted) == 4 * layers, f"{len(adapted)} adapted layers, expected q, k, v, o of {layers}"
+    assert len(adapted) == len(cfg.target_modules) * layers, (
+        f"{len(adapted)} adapted layers, expected q, k, v, o of {layers}"
+    )
     assert all(p.dtype == torch.float32 for p in trained.values())
     return model
 

@@ -26,8 +26,8 @@ EVALUATION = (
     "--save_examples 10 --device_map auto"
 )
 # fp16 is not for a CPU, nor is the optimizer
-TINY = "--pretrained_model_name_or_path {} --mixed_precision no --optimizer adamw --max_train_steps 2 --num_train_epochs 0 "
-TINY += "--max_validation_rows 4 --dataloader_num_workers 0"
+TINY = "--pretrained_model_name_or_path {} --mixed_precision no --optimizer adamw --max_train_steps 2 "
+TINY += "--num_train_epochs 0 --max_validation_rows 4 --dataloader_num_workers 0"
 # accelerate starts several processes without being told to where it finds several GPUs
 GPUS_FOUND = """
 import sys, torch
