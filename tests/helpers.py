@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -45,6 +46,41 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "WANDB_MODE": "offline",
 }
+
+
+def recipe_fixtures(conftest: str) -> tuple:
+    """The fixtures recipe, train, make_tiny and settings of a recipe's tests, for its conftest.py to name: its folder,
+    its scripts, and settings(seed=5), its Config as the flag --seed 5 makes it, checked."""
+    folder = ROOT / "recipes" / Path(conftest).parent.name
+
+    @pytest.fixture(scope="session")
+    def recipe() -> Path:
+        return folder
+
+    @pytest.fixture(scope="session")
+    def train() -> ModuleType:
+        return load_script(folder / "train.py")
+
+    @pytest.fixture(scope="session")
+    def make_tiny() -> ModuleType:
+        return load_script(folder / "make_tiny.py")
+
+    @pytest.fixture(scope="session")
+    def settings(train: ModuleType) -> Callable:
+        from common.start.config import parse_recipe
+
+        def make(**values: object) -> object:
+            flags: list[str] = []
+            for name, value in {"train_data_dir": "unused", **values}.items():
+                if isinstance(value, bool):
+                    flags.append(f"--{name}" if value else f"--no-{name}")
+                else:
+                    flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+            return parse_recipe(train.Config, flags)
+
+        return make
+
+    return recipe, train, make_tiny, settings
 
 
 @contextlib.contextmanager
@@ -130,6 +166,20 @@ def accelerate_command(
     words = [python, "-m", "accelerate.commands.launch", "--config_file", file]
     words += ["--num_machines", 1, "--machine_rank", 0, "--main_process_port", 0, "--num_processes", processes]
     return [str(word) for word in (*words, recipe / "train.py", *argv)]
+
+
+def few_rows(recipe: Path, folder: Path, count: int = 48) -> list[object]:
+    """Flags for a run of the tiny config on the first rows of its data: to encode all of them takes longer than a few
+    steps. None for a recipe that encodes nothing."""
+    make_tiny_base(recipe)
+    for file in (ROOT / "outputs" / recipe.name / "tiny_base/data").glob("train.json*"):
+        if file.suffix == ".jsonl":
+            text = "".join(file.read_text().splitlines(keepends=True)[:count])
+        else:
+            text = json.dumps(json.loads(file.read_text())[:count])
+        (folder / file.name).write_text(text)
+        return ["--train_data_meta", folder / file.name]
+    return []
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from helpers import (
     ROOT,
     between,
     copy_of_recipe,
+    few_rows,
     load_script,
     promised_recipes,
     read_rows,
@@ -483,12 +484,12 @@ def check_command(command: str) -> None:
 
 @pytest.mark.slow
 @each_recipe
-def test_a_copied_recipe_runs(recipe):
+def test_a_copied_recipe_runs(recipe, tmp_path):
     """Catches a recipe that runs in its own folder only: a copy of it makes its tiny base, trains and exports."""
     with copy_of_recipe(recipe, recipe.name) as copy:
         outputs = ROOT / "outputs" / copy.name
         flags = ["--max_train_steps", 2, "--validation_steps", 0, "--checkpointing_steps", 2]
-        done = run_command(["bash", copy / "run.sh", "tiny", *flags]).check()
+        done = run_command(["bash", copy / "run.sh", "tiny", *flags, *few_rows(recipe, tmp_path)]).check()
         assert len(read_rows(outputs / "tiny")) == 2, done.output
         assert (outputs / "tiny/export").is_dir() or (outputs / "tiny/final").is_dir(), done.output  # or adapters
         assert (outputs / "tiny/checkpoint-2").is_dir() and str(recipe) + "/" not in done.output

@@ -74,6 +74,7 @@ def import_what_it_imports(script: str) -> None:
     path, root = list(sys.path), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     runpy.run_path(script, run_name="imports")
     sys.path[:] = path
+    del sys.modules["accelerate.commands.launch"]  # or runpy warns when it is run
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "")
         if name != "__main__" and file.startswith(root) and "site-packages" not in file:

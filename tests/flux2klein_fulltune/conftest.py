@@ -4,9 +4,7 @@ buckets, and a configuration for both."""
 import json
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,40 +12,15 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, load_script
+from helpers import recipe_fixtures
 
-from common.start.config import parse_recipe
 from tiny import shapes
 
-RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (96, 96), (128, 64)  # (width, height): two buckets at resolution 96
 REFERENCE = (90, 70)  # (width, height): the pipeline cuts it to 80 x 64
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def train() -> ModuleType:
-    return load_script(RECIPE / "train.py")
-
-
-@pytest.fixture(scope="session")
-def settings(train) -> Callable:
-    """settings(seed=5) is the recipe's Config as the flag --seed 5 makes it, checked."""
-
-    def make(**values: object) -> object:
-        flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        return parse_recipe(train.Config, ["--train_data_dir", "unused", *flags])
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_tiny() -> ModuleType:
-    return load_script(RECIPE / "make_tiny.py")
+recipe, train, make_tiny, settings = recipe_fixtures(__file__)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,29 @@
 """Every launch file trains the same model, with and without reference images: two processes against one, resume,
 validation, averages, exports."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import NamedRuns, assert_equal_within_bf16, column, largest_difference, launch, read_rows, weights
-from PIL import Image
+from helpers import (
+    NamedRuns,
+    assert_equal_weights,
+    assert_equal_within_bf16,
+    column,
+    largest_difference,
+    launch,
+    read_rows,
+    weights,
+)
+from strategies import (
+    STRATEGIES,
+    assert_opens,
+    assert_same_continuation,
+    assert_same_losses,
+    assert_same_validation,
+    needs_libaio,
+)
 
 from common import zero_to_bf16
 
@@ -19,7 +33,8 @@ STEPS, SAVED = 4, 2
 # 16 samples a step as 4 x 2 accumulation x 2 processes, against one batch of 16 in one process
 SPLIT = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2]
 FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--export_model", "--ema_decay", 0.9]
-STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
+DRAWN = {"000.png", "001.png", "002.png"}  # three prompts on two processes
+SOURCES = {"000_source_0.png", "001_source_0.png", "001_source_1.png", "002_source_0.png"}
 
 
 class Runs(NamedRuns):
@@ -44,15 +59,10 @@ def runs(train, recipe, config, tmp_path_factory) -> Runs:
 def test_losses_are_those_of_one_process(runs, strategy):
     """Catches encoders that are partitioned, processes that train alone, gradients summed or dropped, a split of the
     batch that changes noise or order."""
-    ours, single = runs.full(strategy), runs.reference()
-    assert json.loads((ours / "environment.json").read_text())["launch"] == strategy
-    assert largest_difference(column(ours), column(single)) < 1e-4
-    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
-    means = column(ours, "latents_mean"), column(single, "latents_mean")
-    assert all(means[0][step] == pytest.approx(means[1][step], abs=1e-6) for step in range(1, STEPS + 1))
+    assert_same_losses(runs.full(strategy), runs.reference(), strategy)
 
 
-@pytest.mark.skipif(not Path("/usr/include/libaio.h").is_file(), reason="libaio's headers are missing")
+@needs_libaio
 def test_losses_under_zero3_nvme(runs):
     """Catches a launch file that no longer fits: it refuses averaged weights, so it runs on its own."""
     nvme = runs.launched("zero3_nvme", "zero3_nvme", *SPLIT, "--checkpointing_steps", SAVED, "--export_model")
@@ -70,9 +80,7 @@ def test_exports_are_equal(runs, strategy):
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_sharded_exports_open_with_diffusers(runs, strategy, model_folder):
     """Catches an export of a sharded run that diffusers cannot read or draw with."""
-    folder = runs.full(strategy) / "export/transformer"
-    transformer, report = Flux2Transformer2DModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
+    transformer = assert_opens(Flux2Transformer2DModel, runs.full(strategy) / "export/transformer")
     pipeline = Flux2KleinPipeline.from_pretrained(model_folder, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(prompt="a cross", height=64, width=96, num_inference_steps=2, max_sequence_length=32).images[0]
@@ -83,22 +91,8 @@ def test_sharded_exports_open_with_diffusers(runs, strategy, model_folder):
 def test_validation_is_that_of_one_process(runs, strategy):
     """Catches validation that fails or hangs on sharded weights ("'weight' must be 2-D"), or that uses other weights
     or reference images."""
-    ours, single = runs.full(strategy), runs.reference()
+    assert_same_validation(runs.full(strategy), runs.reference(), STEPS, SOURCES | {"grid.png"}, DRAWN)
     assert "must be 2-D" not in runs.output[strategy]
-    rows, expected = (read_rows(folder / "validation.jsonl") for folder in (ours, single))
-    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [0, STEPS]
-    for row, other in zip(rows, expected, strict=True):
-        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
-    pictures = ("000.png", "001.png", "002.png")  # three prompts on two processes
-    sources = {"000_source_0.png", "001_source_0.png", "001_source_1.png", "002_source_0.png"}
-    for step in (0, STEPS):
-        folders = [folder / f"validation_images/step_{step:06d}" for folder in (ours, single)]
-        names = {path.name for path in folders[0].iterdir()}
-        assert names == {path.name for path in folders[1].iterdir()} and names >= {*pictures, *sources, "grid.png"}
-        for name in pictures:
-            a, b = (np.asarray(Image.open(folder / name), dtype=np.float32) for folder in folders)
-            assert a.shape == b.shape and np.abs(a - b).mean() < 0.5 and np.abs(a - b).max() <= 8, (name, step)
-        assert (folders[0] / "001.txt").read_text() == (folders[1] / "001.txt").read_text()
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
@@ -141,21 +135,19 @@ def resume(runs: Runs, strategy: str, *flags: object) -> Path:
 def test_resume_is_exact(runs, strategy):
     """Catches a resume that loses moments, step counts, averages or the order of samples: equal to the last bit."""
     resumed, straight = resume(runs, strategy, "--export_model", "--ema_decay", 0.9), runs.full(strategy)
-    assert column(resumed) == column(straight, from_step=SAVED + 1)
-    assert column(resumed, "grad_norm") == column(straight, "grad_norm", from_step=SAVED + 1)
+    assert_same_continuation(resumed, straight, SAVED)
     ours, theirs = (weights(folder / "export/transformer") for folder in (resumed, straight))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal_weights(ours, theirs)
 
 
 def test_resume_is_exact_zero3(runs, tmp_path):
     """Catches a ZeRO-3 resume that loses master weights, moments or the order of samples: equal to the last bit; and,
     without averaged weights, a conversion of its checkpoint that differs from its export."""
     resumed = resume(runs, "zero3", "--checkpointing_steps", STEPS, "--export_model")
-    for name in ("loss", "grad_norm", "latents_mean"):
-        assert column(resumed, name) == column(runs.full("zero3"), name, from_step=SAVED + 1)
+    assert_same_continuation(resumed, runs.full("zero3"), SAVED)
     zero_to_bf16.convert(resumed / f"checkpoint-{STEPS}", tmp_path, 80 * 10**9)
     ours, theirs = weights(tmp_path), weights(resumed / "export/transformer")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal_weights(ours, theirs)
     Flux2Transformer2DModel.from_pretrained(tmp_path)
 
 

@@ -13,22 +13,14 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, load_script
+from helpers import recipe_fixtures
 
 from tiny import shapes
 
-RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (96, 96), (128, 64)  # (width, height): two buckets at resolution 96
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def train() -> ModuleType:
-    return load_script(RECIPE / "train.py")
+recipe, train, make_tiny, settings = recipe_fixtures(__file__)
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +42,6 @@ def layouts(train) -> ModuleType:
 @pytest.fixture(scope="session")
 def modes(train) -> ModuleType:
     return importlib.import_module("modes")
-
-
-@pytest.fixture(scope="session")
-def make_tiny() -> ModuleType:
-    return load_script(RECIPE / "make_tiny.py")
 
 
 @pytest.fixture(scope="session")

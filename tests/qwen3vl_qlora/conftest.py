@@ -2,14 +2,13 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, load_script
+from helpers import ROOT, recipe_fixtures
 
 RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SIZE = 64  # pixels: 4 visual tokens
@@ -17,19 +16,7 @@ PEOPLE = ["--num_entities", "6", "--image_size", str(SIZE), "--images_per_entity
 PEOPLE += ["--connectors_per_split", "6", "2", "2", "--rows_per_entity", "8", "2", "2"]
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def train() -> ModuleType:
-    return load_script(RECIPE / "train.py")
-
-
-@pytest.fixture(scope="session")
-def make_tiny() -> ModuleType:
-    return load_script(RECIPE / "make_tiny.py")
+recipe, train, make_tiny, settings = recipe_fixtures(__file__)
 
 
 @pytest.fixture(scope="session")

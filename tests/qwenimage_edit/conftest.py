@@ -19,40 +19,15 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, load_script
+from helpers import recipe_fixtures
 
-from common.start.config import parse_recipe
 from tiny import shapes
 
-RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (256, 256), (384, 192)  # (width, height) of targets: two buckets at image_sample_size 256
 FLAT = (256, 64)  # of a source: 2048 x 512 for the VAE, which its 64-fold reduction divides
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def train() -> ModuleType:
-    return load_script(RECIPE / "train.py")
-
-
-@pytest.fixture(scope="session")
-def settings(train) -> Callable:
-    """settings(seed=5) is the recipe's Config as the flag --seed 5 makes it, checked."""
-
-    def make(**values: object) -> object:
-        flags: list[str] = []
-        for name, value in {"train_data_dir": "unused", **values}.items():
-            if isinstance(value, bool):
-                flags.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-        return parse_recipe(train.Config, flags)
-
-    return make
+recipe, train, make_tiny, settings = recipe_fixtures(__file__)
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +58,6 @@ def process() -> Callable[..., SimpleNamespace]:
 def load_rows(edits, process) -> Callable:
     """load_rows(cfg): rows to train on and held out, for a model whose tokens have 32 pixels a side."""
     return lambda cfg: edits.load_rows(cfg, process(), 32, set())
-
-
-@pytest.fixture(scope="session")
-def make_tiny() -> ModuleType:
-    return load_script(RECIPE / "make_tiny.py")
 
 
 @pytest.fixture(scope="session")

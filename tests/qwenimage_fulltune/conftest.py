@@ -5,7 +5,6 @@ import json
 import random
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,27 +12,14 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, load_script
+from helpers import recipe_fixtures
 
 from tiny import shapes
 
-RECIPE = ROOT / "recipes" / Path(__file__).parent.name
 SQUARE, WIDE = (96, 96), (128, 64)  # (width, height): two buckets at resolution 96
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def train() -> ModuleType:
-    return load_script(RECIPE / "train.py")
-
-
-@pytest.fixture(scope="session")
-def make_tiny() -> ModuleType:
-    return load_script(RECIPE / "make_tiny.py")
+recipe, train, make_tiny, settings = recipe_fixtures(__file__)
 
 
 @pytest.fixture(scope="session")
