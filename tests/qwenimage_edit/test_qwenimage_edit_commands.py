@@ -34,6 +34,15 @@ PUBLISHED = """--train_batch_size=1 --image_sample_size=256 --gradient_accumulat
 --lr_warmup_steps=100 --seed=42 --gradient_checkpointing --mixed_precision=bf16 --adam_weight_decay=3e-2
 --adam_epsilon=1e-10 --vae_mini_batch=1 --max_grad_norm=0.05 --enable_bucket --uniform_sampling
 --trainable_modules . --train_mode qwen_image_edit"""
+OWN_FILE = {  # as VideoX-Fun's config has it: a micro-batch of its own, bf16 on, the rest left to accelerate
+    "bf16": {"enabled": True},
+    "train_micro_batch_size_per_gpu": 1,
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 5e8, "sub_group_size": 1e9},
+}
 LORA = """--rank=4 --network_alpha=2 --use_peft_lora
 --target_name=to_q,to_k,to_v,img_mod.1,txt_mod.1,img_mlp.0,img_mlp.2,txt_mlp.0,txt_mlp.2"""
 SKIPPED = "--low_vram --allow_tf32 --logging_dir logs --enable_text_encoder_in_dataloader --use_peft_lora --save_state"
@@ -44,36 +53,57 @@ SKIPPED = "--low_vram --allow_tf32 --logging_dir logs --enable_text_encoder_in_d
 
 @pytest.fixture(scope="module")
 def published(recipe, model_folder, data_folder, tmp_path_factory):
-    """published(strategy, out, more, folder): a launch line for two steps, with two processes where there can be."""
+    """published(strategy, out, more): a launch line for two steps, with two processes where there can be; its
+    output."""
     cache = tmp_path_factory.mktemp("published")
 
-    def run(strategy: str, out: Path, *more: object, folder: Path = recipe) -> str:
+    def run(strategy: str, out: Path, *more: object) -> str:
         processes = ["--num_processes", 2, "--num_machines", 1, "--main_process_port", 0]
         argv = [*PUBLISHED.split(), f"--pretrained_model_name_or_path={model_folder}", f"--output_dir={out}"]
         argv += [f"--train_data_dir={data_folder}", f"--train_data_meta={data_folder}/one_source.json"]
         argv += [f"--cache_dir={cache}", "--validation_steps=0", "--max_train_steps=2", *more]  # for the sake of time
-        line = LAUNCH_LINES[strategy].split()
-        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *line, folder / "train.py", *argv]
+        line = LAUNCH_LINES.get(strategy, strategy).split()
+        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *line, recipe / "train.py", *argv]
         return run_command(command).check().output
 
     return run
 
 
+@pytest.fixture(scope="module")
+def losses_of_two() -> dict[str, list[float]]:
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", LAUNCH_LINES)
-def test_launch_lines_start_their_strategy(published, tmp_path, strategy):
-    """Catches a published line that needs more than the script's path changed: DeepSpeed's files are those of the
-    recipe, wherever the command is called."""
+def test_launch_lines_start_their_strategy(published, recipe, losses_of_two, tmp_path, strategy):
+    """Catches a published line that needs more than the script's path changed (DeepSpeed's files are those of the
+    recipe, wherever the command is called), that starts another strategy, or leaves each process to train alone: two
+    processes have the same losses with all of them."""
     published(strategy, tmp_path / "out", "--checkpointing_steps=2")
     assert json.loads((tmp_path / "out/environment.json").read_text())["launch"] == strategy
-    assert list(column(tmp_path / "out")) == [1, 2]
+    losses = column(tmp_path / "out")
+    assert list(losses) == [1, 2]
+    if strategy != "single":
+        assert list(losses.values()) == pytest.approx(
+            losses_of_two.setdefault("first", list(losses.values())), rel=0.02
+        )
     assert (tmp_path / "out/export/transformer/config.json").is_file()
     if strategy == "zero3":
-        script = Path(__file__).parents[2] / "recipes" / Path(__file__).parent.name / "scripts/zero_to_bf16.py"
+        script = recipe / "scripts/zero_to_bf16.py"
         flags = [tmp_path / "out/checkpoint-2", tmp_path / "bf16", "--max_shard_size", "80GB", "--safe_serialization"]
         run_command([sys.executable, script, *flags]).check()
         ours, theirs = weights(tmp_path / "bf16"), weights(tmp_path / "out/export/transformer")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_deepspeed_file_of_ones_own(published, tmp_path):
+    """Catches a file beside the recipe that is not found, or wins over the run's settings."""
+    (tmp_path / "mine.json").write_text(json.dumps(OWN_FILE))
+    line = f"--use_deepspeed --deepspeed_config_file {tmp_path}/mine.json --deepspeed_multinode_launcher standard"
+    published(line, tmp_path / "out")
+    assert json.loads((tmp_path / "out/environment.json").read_text())["launch"] == "zero3"
 
 
 @pytest.mark.slow
