@@ -81,7 +81,7 @@ class Config:
     resolution: int = 1024
     """target area is resolution squared, in aspect-ratio buckets"""
     random_flip: bool = False
-    """mirror half of the samples, boxes with them; captions stay, so not for data that says left or right"""
+    """mirror half of the samples, boxes or sources with them; texts stay, so not for data that says left or right"""
     cuda_graphs: bool = False
     """record the UNet's kernels once for each mode and size of pictures, and launch them together: at batch 1 a GPU
     otherwise waits for launches most of the time; no effect without a GPU"""

@@ -62,7 +62,7 @@ class Settings:
     max_train_samples: int = 0
     """train on the first so many rows; 0 takes all"""
     random_flip: bool = False
-    """mirror half of what is seen, target and sources together; instructions that say left or right are wrong then"""
+    """mirror half of the samples, boxes or sources with them; texts stay, so not for data that says left or right"""
     fix_sample_size: tuple[int, ...] = ()
     """height and width of every target, in place of image_sample_size and random_hw_adapt"""
 
