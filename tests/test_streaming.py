@@ -119,7 +119,11 @@ def assert_equal(one: tuple[nn.Module, torch.optim.Optimizer], two: tuple[nn.Mod
 @pytest.mark.parametrize("blocks", [-1, 3, 1])
 @pytest.mark.parametrize("make", [adafactor, flash_adamw])
 @pytest.mark.parametrize("build", [qwenimage, klein])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
+)
 def test_streamed_equals_resident(build, make, dtype, blocks):
     """Catches a block that computes with another's weights, or an update that does not come home: losses, weights and
     optimizer state are equal to the last bit over ten steps."""

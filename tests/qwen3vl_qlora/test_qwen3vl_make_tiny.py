@@ -94,6 +94,7 @@ def test_pretraining_writes_weights_that_make_reads(make_tiny, processor, tmp_pa
     torch.testing.assert_close(embedding.half(), stored, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_made_once(make_tiny, tmp_path):
     """Catches a model or data that is made anew each time, not made anew when something changed, or differs."""
     assert make_tiny.make(tmp_path) and not make_tiny.make(tmp_path)

@@ -124,6 +124,7 @@ def test_low_validation_loss_ends_the_run(train, config, tmp_path):
     assert len(read_rows(tmp_path)) == 2, "the validation before the first step decides nothing"
 
 
+@pytest.mark.slow
 def test_validation_is_without_dropout(train, config, model_folder, processor, data_folder, tmp_path):
     """Catches a validation in training mode: final/ loaded anew has the loss that the last validation measured."""
     flags = ["--validation_steps", 2, "--max_train_steps", 4, "--lora_dropout", 0.5]
@@ -320,6 +321,7 @@ def test_another_runs_folder_is_refused(train, config, tmp_path):
     assert not (tmp_path / "best/old").exists() and (tmp_path / "best").is_dir()
 
 
+@pytest.mark.slow
 def test_changed_data_is_noticed_on_resume(train, config, data_folder, straight, tmp_path, capfd):
     """Catches a resume on other rows that says nothing."""
     flags = ["--resume_from_checkpoint", straight / "checkpoint-3", "--max_train_steps", 4]
