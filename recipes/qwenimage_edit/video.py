@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 # what FFmpeg may open: not SDP, which waits for a network, and not lists of other files
-CONTAINERS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,gif"}
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,gif,png_pipe,jpeg_pipe,webp_pipe"
 
 
 def decoded_frames(data: bytes) -> Iterator:
@@ -17,7 +17,7 @@ def decoded_frames(data: bytes) -> Iterator:
         raise ValueError("reading a video needs PyAV: pip install av") from error
 
     try:
-        with av.open(io.BytesIO(data), options=CONTAINERS) as container:
+        with av.open(io.BytesIO(data), options={"format_whitelist": FORMATS}) as container:
             if not container.streams.video:
                 raise ValueError("no video stream")
             yield from container.decode(video=0)
