@@ -160,6 +160,22 @@ def test_half_a_line_is_cut_away(labels, tmp_path):
     assert file.read_text() == '{"a": "雪"}\n{"b": 2}\n'
 
 
+def test_what_is_asked_is_in_the_captions_language(labels, tmp_path):
+    """Catches a Chinese caption that is asked about in English, a caption's braces taken for places, and a prompt
+    without the grid or without JSON."""
+    (tmp_path / "rows.tsv").write_text("1.png\ta cat\n")
+    given = ["--input", str(tmp_path / "rows.tsv"), "--image-dir", str(tmp_path)]
+    for language, caption, begins in (
+        ("auto", "a {cat}", "The caption"),
+        ("auto", "一只 cat", "这张图片"),
+        ("en", "一只猫", "The caption"),
+        ("zh", "a cat", "这张图片"),
+    ):
+        prompt = labels.prompt_for(caption, labels.parse_arguments([*given, "--prompt-language", language]))
+        assert prompt.startswith(begins) and prompt.split("\n")[0].endswith(caption)
+        assert all(word in prompt for word in ("1000", "JSON", '[{"phrase": "...", "bbox": [x1, y1, x2, y2]}]', "16"))
+
+
 # ---------------------------------------------------------------- with Ray
 
 DRIVER = """
@@ -171,7 +187,8 @@ def scripted(args):
     answers = json.load(open({answers!r}))
     def answer(pictures, prompts):
         time.sleep({seconds})
-        captions = [prompt.split("\\n")[0].removeprefix("The caption of this picture is: ") for prompt in prompts]
+        lines = [prompt.split("\\n")[0] for prompt in prompts]
+        captions = [next(caption for caption in answers if line.endswith(caption)) for line in lines]
         assert all(min(picture.size) > 0 and picture.mode == "RGB" for picture in pictures)
         return [answers[caption] for caption in captions]
     return answer
@@ -328,12 +345,13 @@ def tiny_qwen2_vl(tmp_path_factory) -> Path:
 def test_the_command_with_a_real_model_on_two_actors(data, tiny_qwen2_vl):
     """Catches a model class, processor, template or generation that does not fit together; the random model says
     nothing of use, so that every row is rejected with what it said."""
-    flags = ["--input", data.parent / "rows.tsv", "--train_data_dir", data, "--model", tiny_qwen2_vl]
-    flags += ["--num_actors", 2, "--batch_size", 8, "--max_new_tokens", 12]
+    flags = ["--input-tsv", data.parent / "rows.tsv", "--image-dir", data, "--model-path", tiny_qwen2_vl]
+    flags += ["--output-jsonl", data.parent / "data/x.jsonl", "--num-gpus", 2, "--batch-size", 8]
+    flags += ["--max-new-tokens", 12, "--prompt-language", "en"]  # with which the random model says this and that
     run_command([sys.executable, RECIPE / "label_layouts.py", *flags], timeout=240).check()
-    rejected = [json.loads(line) for line in (data / "labelling/rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (data / "x_labelling/rejected.jsonl").read_text().splitlines()]
     said = [row for row in rejected if row.get("reason") != "picture missing"]
-    assert len(rejected) == 40 and len(said) == 39 and (data / "train.jsonl").read_text() == ""
+    assert len(rejected) == 40 and len(said) == 39 and (data / "x.jsonl").read_text() == ""
     assert len({row["answer"] for row in said}) > 1, "pictures and captions reach the model"
 
 
