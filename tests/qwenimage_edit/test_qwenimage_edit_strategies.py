@@ -1,7 +1,6 @@
 """Every launch file trains the same model, with one source and with two: two processes against one, resume,
 validation, averages, exports, LoRA; and VideoX-Fun's own launch lines start train.py."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from helpers import (
     NamedRuns,
     assert_equal_weights,
     assert_equal_within_bf16,
-    column,
     launch,
     run_command,
     weights,
@@ -125,70 +123,7 @@ def test_lora(runs, strategy, model_folder):
     assert pipeline.transformer.peft_config["default_0"].lora_alpha == 16
 
 
-# ---- the launch lines of VideoX-Fun
-
-DEEPSPEED = {  # as its configs have it: a micro-batch of its own, bf16 on, the rest left to accelerate
-    "bf16": {"enabled": True},
-    "train_micro_batch_size_per_gpu": 1,
-    "train_batch_size": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "steps_per_print": 2000,
-    "wall_clock_breakdown": False,
-    "zero_optimization": {
-        "stage": 2,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": 5e8,
-        "sub_group_size": 1e9,
-        "offload_optimizer": {"device": "none"},
-    },
-}
-LAUNCH_LINES = {
-    "single": "--mixed_precision=bf16",  # as many processes as there are GPUs: on a CPU one
-    "zero2": "--use_deepspeed --deepspeed_config_file {deepspeed} --deepspeed_multinode_launcher standard",
-    "zero3": """--zero_stage 3 --zero3_save_16bit_model true --zero3_init_flag true --use_deepspeed
-    --deepspeed_config_file {deepspeed} --deepspeed_multinode_launcher standard""",
-    "fsdp2": """--mixed_precision=bf16 --use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
-    --fsdp_transformer_layer_cls_to_wrap=QwenImageTransformerBlock --fsdp_sharding_strategy FULL_SHARD
-    --fsdp_state_dict_type=SHARDED_STATE_DICT --fsdp_backward_prefetch BACKWARD_PRE
-    --fsdp_cpu_ram_efficient_loading False""",
-}
-PUBLISHED = """--train_batch_size=1 --image_sample_size=256 --gradient_accumulation_steps=1 --dataloader_num_workers=1
---num_train_epochs=1 --checkpointing_steps=50 --learning_rate=2e-05 --lr_scheduler=constant_with_warmup
---lr_warmup_steps=100 --seed=42 --gradient_checkpointing --mixed_precision=bf16 --adam_weight_decay=3e-2
---adam_epsilon=1e-10 --vae_mini_batch=1 --max_grad_norm=0.05 --enable_bucket --uniform_sampling
---trainable_modules . --train_mode qwen_image_edit"""
-
-
-@pytest.fixture(scope="module")
-def published_cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("published_cache")
-
-
-@pytest.mark.parametrize("strategy", LAUNCH_LINES)
-def test_published_launch_lines(recipe, model_folder, data_folder, published_cache, tmp_path, strategy):
-    """Catches a launch line of VideoX-Fun that does not start train.py, starts another strategy, or leaves each
-    process to train alone: two processes have the same losses with all of them."""
-    zero = {**DEEPSPEED, "zero_optimization": {**DEEPSPEED["zero_optimization"], "stage": 2 + (strategy == "zero3")}}
-    (tmp_path / "zero.json").write_text(json.dumps(zero))
-    line = LAUNCH_LINES[strategy].format(deepspeed=tmp_path / "zero.json").split()
-    processes = ["--num_processes", 2, "--num_machines", 1, "--main_process_port", 0]
-    argv = [*PUBLISHED.split(), f"--pretrained_model_name_or_path={model_folder}", f"--train_data_dir={data_folder}"]
-    argv += [f"--train_data_meta={data_folder}/one_source.json", f"--output_dir={tmp_path}/out"]
-    argv += [f"--cache_dir={published_cache}", "--validation_steps=0"]  # for the sake of time
-    command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *line, recipe / "train.py", *argv]
-    run_command(command).check()
-    environment = json.loads((tmp_path / "out/environment.json").read_text())
-    assert environment["launch"] == strategy
-    losses = column(tmp_path / "out")
-    assert list(losses) == list(range(1, 10 if strategy == "single" else 6)), "9 rows, by one process or by two"
-    kept = published_cache / "losses_of_two.json"
-    if strategy != "single" and kept.is_file():
-        assert list(losses.values()) == pytest.approx(json.loads(kept.read_text()), rel=0.02)
-    elif strategy != "single":
-        kept.write_text(json.dumps(list(losses.values())))
-    assert (tmp_path / "out/export/transformer/config.json").is_file()
+# ---- mistakes
 
 
 def test_a_mistake_is_said_once(runs, config, recipe, tmp_path):
