@@ -37,7 +37,7 @@ from common import zero_to_bf16
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVED = 4, 2
+STEPS, SAVED = 6, 3
 # 16 samples a step as 4 x 2 accumulation x 2 processes, against one batch of 16 in one process
 SPLIT = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2]
 FULL = ["--validation_steps", STEPS, "--checkpointing_steps", SAVED, "--export_model"]
