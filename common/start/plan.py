@@ -117,7 +117,7 @@ def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
             raise
         rank = int(os.environ.get("RANK", 0))
         if rank:  # when every process failed alike, the first one's message has ended the run within this time
-            time.sleep(8)
+            time.sleep(15)
         if not (rank and stop.asked):
             print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
         code = DISK_FULL if isinstance(error, DiskFull) else MISTAKE
