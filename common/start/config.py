@@ -97,7 +97,8 @@ def parse_recipe(
     """
     argv = names.take_launcher_flags(sys.argv[1:] if argv is None else argv)
     cfg: Shared = parse_config(config_class, argv, second_names, skipped)
-    given = {names.plain(word) for word in names.translated(argv, second_names, skipped) if word.startswith("--")}
+    flags = (names.plain(word) for word in argv if word.startswith("--"))
+    given = {second_names.get(name, name) for name in flags}
     if {"num_train_epochs", "max_train_steps"} <= given:
         cfg.batch.num_train_epochs = 0
     check(cfg)
