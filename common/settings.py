@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
 
-from common.rules import at_least, multiple_of, within
+from common.image_settings import Drawing, Pictures
+from common.rules import at_least, within
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
@@ -65,38 +66,6 @@ class Data:
 
     def check(self) -> None:
         at_least(self, 0, "dataloader_num_workers")
-
-
-@dataclass
-class Pictures:
-    """How rows of pictures with captions are read, and what is kept of them."""
-
-    image_column: str | None = None
-    """column of the pictures; file_path, file_name or image when not given"""
-    text_column: str | None = None
-    """column of the captions; text, caption or prompt when not given"""
-    cache_dir: str | None = None
-    """where encoded latents and prompts are kept, also for several runs; <output_dir>/embedding_cache if not given"""
-    caption_dropout: float = 0.1
-    """share of samples trained with the encoded empty caption, for classifier-free guidance"""
-
-    def check(self) -> None:
-        within(self, 0, 1, "caption_dropout")
-
-
-@dataclass
-class Buckets:
-    """Sizes of pictures."""
-
-    resolution: int = 1024
-    """target area is resolution squared, in aspect-ratio buckets"""
-    bucket_multiple: int = 16
-    """buckets' sides are multiples of this many pixels; the model needs 16"""
-
-    def check(self) -> None:
-        if self.bucket_multiple < 16 or self.bucket_multiple % 16:
-            raise ValueError(f"bucket_multiple must be a multiple of 16, got {self.bucket_multiple}; use 16 or 32")
-        multiple_of(self, "resolution", self.bucket_multiple, "bucket_multiple")
 
 
 @dataclass
@@ -221,29 +190,6 @@ class AdapterTuning:
 
 
 @dataclass
-class FlowMatching:
-    """How sigma is drawn, and what an error at it counts."""
-
-    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
-    """how sigma is drawn, before the shift"""
-    logit_mean: float = 0.0
-    """mean of logit_normal"""
-    logit_std: float = 1.0
-    """standard deviation of logit_normal"""
-    mode_scale: float = 1.29
-    """scale of mode sampling"""
-    timestep_shift: float = 0.0
-    """fixed shift of sigma towards noise; 0 takes the checkpoint's, which grows with resolution"""
-    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    """weight of the squared error by sigma"""
-    cache_moments: bool = False
-    """draw latents from the VAE's posterior at every step instead of taking its mode"""
-
-    def check(self) -> None:
-        at_least(self, 0, "timestep_shift", "logit_std")
-
-
-@dataclass
 class Validation:
     """When to validate."""
 
@@ -252,31 +198,6 @@ class Validation:
 
     def check(self) -> None:
         at_least(self, 0, "validation_steps")
-
-
-@dataclass
-class Drawing:
-    """What validation of an image model measures and draws."""
-
-    num_validation_samples: int = 8
-    """rows held out of training for the validation loss (at most a tenth of the data)"""
-    num_inference_steps: int = 30
-    """sampling steps of validation pictures"""
-    guidance_scale: float = 4.0
-    """classifier-free guidance of validation pictures"""
-
-    def check(self) -> None:
-        at_least(self, 0, "num_validation_samples", "guidance_scale")
-        at_least(self, 2, "num_inference_steps")
-
-
-@dataclass
-class Prompts:
-    """What validation draws."""
-
-    validation_prompts: tuple[str, ...] = ()
-    """what to draw, or one .txt, .json or .parquet file of it (column text or prompt); when not given, the data's own
-    validation_prompts.txt (of edits validation.json), or four held-out rows"""
 
 
 class Shared(Protocol):

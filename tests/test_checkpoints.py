@@ -134,16 +134,16 @@ def test_a_torn_last_row_is_left_out(tmp_path):
 
 def test_negative_settings_are_refused():
     """Catches --checkpoints_total_limit -1, which deleted each checkpoint right after it was saved."""
-    from common import settings
+    from common import image_settings, settings
 
     for group, name in (
         (settings.Run(checkpoints_total_limit=-1), "checkpoints_total_limit"),
         (settings.Run(checkpointing_steps=-5), "checkpointing_steps"),
         (settings.Batch(num_train_epochs=-1), "num_train_epochs"),
-        (settings.Drawing(num_validation_samples=-1), "num_validation_samples"),
+        (image_settings.Drawing(num_validation_samples=-1), "num_validation_samples"),
         (settings.FullTuning(ema_decay=2), "ema_decay"),
         (settings.FullTuning(ema_decay=-1), "ema_decay"),
-        (settings.FlowMatching(timestep_shift=-3), "timestep_shift"),
+        (image_settings.FlowMatching(timestep_shift=-3), "timestep_shift"),
         (settings.Optim(learning_rate=float("nan")), "learning_rate"),
         (settings.Optim(max_grad_norm=-1), "max_grad_norm"),
         (settings.Validation(validation_steps=-1), "validation_steps"),

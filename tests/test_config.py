@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 from update_readme import config_table, field_helps
 
-from common import rules, settings
+from common import image_settings, rules, settings
 from common.record.folder import save_config
 from common.start.config import parse_config, parse_recipe, yaml_to_flags
 
@@ -57,7 +57,7 @@ class Recipe:
     tuning: settings.Flat[settings.AdapterTuning] = field(default_factory=settings.AdapterTuning)
     optim: settings.Flat[settings.Optim] = field(default_factory=lambda: settings.Optim(learning_rate=2e-4))
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
-    prompts: settings.Flat[settings.Prompts] = field(default_factory=settings.Prompts)
+    prompts: settings.Flat[image_settings.Prompts] = field(default_factory=image_settings.Prompts)
 
     def check(self) -> None:
         if self.shape == "square" and self.batch.train_batch_size > 8:
@@ -190,12 +190,12 @@ def test_rules_say_what_and_what_they_got(flags, sentence):
 @pytest.mark.parametrize(
     ("group", "sentence"),
     [
-        (settings.Pictures(caption_dropout=1.5), "caption_dropout is a share between 0 and 1, got 1.5"),
-        (settings.Buckets(resolution=100), "resolution must be a positive multiple of 16 .*got 100; use 96"),
-        (settings.Buckets(bucket_multiple=24), "bucket_multiple must be a multiple of 16, got 24; use 16 or 32"),
-        (settings.Drawing(num_inference_steps=1), "num_inference_steps must be at least 2, got 1"),
+        (image_settings.Pictures(caption_dropout=1.5), "caption_dropout is a share between 0 and 1, got 1.5"),
+        (image_settings.Buckets(resolution=100), "resolution must be a positive multiple of 16 .*got 100; use 96"),
+        (image_settings.Buckets(bucket_multiple=24), "bucket_multiple must be a multiple of 16, got 24; use 16 or 32"),
+        (image_settings.Drawing(num_inference_steps=1), "num_inference_steps must be at least 2, got 1"),
         (settings.FullTuning(ema_decay=1.0), "ema_decay is a share from 0 to under 1, got 1.0"),
-        (settings.FlowMatching(logit_std=-1.0), "logit_std must be at least 0, got -1.0"),
+        (image_settings.FlowMatching(logit_std=-1.0), "logit_std must be at least 0, got -1.0"),
     ],
 )
 def test_rules_of_the_groups_of_image_recipes(group, sentence):

@@ -78,7 +78,7 @@ EQUAL_FUNCTIONS = {
 IN_TWO_RECIPES = {
     "common.data.cache.Item": "a row or a text; edits and boxes encode more than that",
     "common.data.loader.CachedSamples": "rows that are one entry of the cache; of edits and boxes they are several",
-    "common.settings.Buckets": "the adapter on boxes and edits have a size of their own name",
+    "common.image_settings.Buckets": "the adapter on boxes and edits have a size of their own name",
 }
 CHOICES_DIFFER = {
     "mixed_precision": "fp16 is for adapters alone",
@@ -295,7 +295,8 @@ def test_every_setting_is_read(recipe):
     """Catches dead settings: a flag that a user sets and nothing reads."""
     files = [*recipe.glob("*.py"), *modules_of_common().values()]
     text = "\n".join(file.read_text() for file in files)
-    in_methods = read_by_methods(recipe / "train.py") | read_by_methods(modules_of_common()["common.settings"])
+    common = (modules_of_common()[f"common.{name}"] for name in ("settings", "image_settings"))
+    in_methods = set().union(*map(read_by_methods, (recipe / "train.py", *common)))
     run_sh = (recipe / "run.sh").read_text()  # reads `launch:` from the YAML
     dead = []
     for name, (group, _, _) in settings_of(recipe).items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from common.settings import FlowMatching
+from common.image_settings import FlowMatching
 from common.step.flow_matching import (
     add_noise,
     checkpoint_shift,

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from common import rules, settings
+from common import image_settings, rules, settings
 from common.data import cache, check, images, loader, manifest, order
 from common.data.cache import EmbeddingCache
 from common.model import export, loading
@@ -63,17 +63,17 @@ class Config:
 
     run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
     data: settings.Flat[settings.Data] = field(default_factory=settings.Data)
-    pictures: settings.Flat[settings.Pictures] = field(default_factory=settings.Pictures)
-    buckets: settings.Flat[settings.Buckets] = field(default_factory=settings.Buckets)
+    pictures: settings.Flat[image_settings.Pictures] = field(default_factory=image_settings.Pictures)
+    buckets: settings.Flat[image_settings.Buckets] = field(default_factory=image_settings.Buckets)
     batch: settings.Flat[settings.Batch] = field(default_factory=settings.Batch)
     precision: settings.Flat[settings.Precision] = field(default_factory=settings.Precision)
     speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
     tuning: settings.Flat[settings.FullTuning] = field(default_factory=settings.FullTuning)
     optim: settings.Flat[settings.Optim] = field(default_factory=settings.Optim)
-    flow: settings.Flat[settings.FlowMatching] = field(default_factory=settings.FlowMatching)
+    flow: settings.Flat[image_settings.FlowMatching] = field(default_factory=image_settings.FlowMatching)
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
-    drawing: settings.Flat[settings.Drawing] = field(default_factory=settings.Drawing)
-    prompts: settings.Flat[settings.Prompts] = field(default_factory=settings.Prompts)
+    drawing: settings.Flat[image_settings.Drawing] = field(default_factory=image_settings.Drawing)
+    prompts: settings.Flat[image_settings.Prompts] = field(default_factory=image_settings.Prompts)
 
     def check(self) -> None:
         rules.at_least(self, 1, "max_sequence_length", "benchmark_prompt_tokens")

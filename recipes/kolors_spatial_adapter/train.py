@@ -34,7 +34,7 @@ from graphs import UNetGraphs, checkpoint_activations
 from modes import MODES, PROMPT_TOKENS, SpatialModel, each_mode, mode_flops, sample_errors
 from torch import Tensor
 
-from common import rules, settings
+from common import image_settings, rules, settings
 from common.data import cache, check, images, loader, manifest, order
 from common.data.cache import EmbeddingCache
 from common.model import loading
@@ -120,14 +120,16 @@ class Config:
 
     run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
     data: settings.Flat[settings.Data] = field(default_factory=settings.Data)
-    pictures: settings.Flat[settings.Pictures] = field(default_factory=settings.Pictures)
+    pictures: settings.Flat[image_settings.Pictures] = field(default_factory=image_settings.Pictures)
     batch: settings.Flat[settings.Batch] = field(default_factory=settings.Batch)
     precision: settings.Flat[settings.AdapterPrecision] = field(default_factory=settings.AdapterPrecision)
     speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
     tuning: settings.Flat[settings.AdapterTuning] = field(default_factory=settings.AdapterTuning)
     optim: settings.Flat[settings.Optim] = field(default_factory=lambda: settings.Optim(learning_rate=1e-4))
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
-    drawing: settings.Flat[settings.Drawing] = field(default_factory=lambda: settings.Drawing(guidance_scale=5.0))
+    drawing: settings.Flat[image_settings.Drawing] = field(
+        default_factory=lambda: image_settings.Drawing(guidance_scale=5.0)
+    )
 
     def check(self) -> None:
         rules.multiple_of(self, "resolution", 32, "VAE 8 x UNet 4")

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from video import check_video, count_frames, read_frame
 
-from common import settings
+from common import image_settings, settings
 from common.data.cache import EmbeddingCache
 from common.data.check import check, load_records
 from common.data.images import check_image, decode_image, resize_and_crop
@@ -52,8 +52,8 @@ class EditConfig(settings.Pictured, Protocol):
     uniform_sampling: bool
     validation_image_paths: tuple[str, ...]
     videox_fun: Settings
-    flow: settings.FlowMatching
-    prompts: settings.Prompts
+    flow: image_settings.FlowMatching
+    prompts: image_settings.Prompts
 
 
 # ---- rows

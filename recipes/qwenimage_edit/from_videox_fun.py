@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from common import rules, settings
+from common import image_settings, rules, settings
 
 SECOND_NAMES = {"rank": "lora_rank", "network_alpha": "lora_alpha"}
 SKIPPED = {
@@ -34,7 +34,7 @@ SCHEMES = {  # weighting_scheme: (timestep_sampling, loss_weighting)
     "sigma_sqrt": ("uniform", "sigma_sqrt"),
     "cosmap": ("uniform", "cosmap"),
 }
-NOT_GIVEN = (settings.FlowMatching.timestep_sampling, settings.FlowMatching.loss_weighting)
+NOT_GIVEN = (image_settings.FlowMatching.timestep_sampling, image_settings.FlowMatching.loss_weighting)
 LOW = 0.5  # of the learning rate, for trainable_modules_low_learning_rate
 
 
@@ -72,7 +72,7 @@ class Settings:
             raise ValueError(f"fix_sample_size is a height and a width of at least 16, got {self.fix_sample_size}")
 
 
-def apply(videox_fun: Settings, tuning: settings.FullTuning, flow: settings.FlowMatching) -> None:
+def apply(videox_fun: Settings, tuning: settings.FullTuning, flow: image_settings.FlowMatching) -> None:
     """Settings that stand for others. ValueError where both are given and differ."""
     if videox_fun.use_8bit_adam:
         if tuning.optimizer not in ("adamw", "adamw_8bit"):
@@ -93,7 +93,9 @@ def apply(videox_fun: Settings, tuning: settings.FullTuning, flow: settings.Flow
         flow.timestep_sampling, flow.loss_weighting = SCHEMES[scheme]
 
 
-def flow_of(videox_fun: Settings, flow: settings.FlowMatching, uniform_sampling: bool) -> settings.FlowMatching:
+def flow_of(
+    videox_fun: Settings, flow: image_settings.FlowMatching, uniform_sampling: bool
+) -> image_settings.FlowMatching:
     """What sigma is drawn by. VideoX-Fun's list of timesteps begins with noise, so that its logit_mean has the other
     sign."""
     mean = -flow.logit_mean if videox_fun.videox_fun_meanings else flow.logit_mean

@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import Tensor
 
-from common import rules, settings
+from common import image_settings, rules, settings
 from common.data import loader, order
 from common.model import export, loading
 from common.model.ema import Ema, evaluating
@@ -80,16 +80,16 @@ class Config:
     videox_fun: settings.Flat[from_videox_fun.Settings] = field(default_factory=from_videox_fun.Settings)
     run: settings.Flat[settings.Run] = field(default_factory=settings.Run)
     data: settings.Flat[settings.Data] = field(default_factory=settings.Data)
-    pictures: settings.Flat[settings.Pictures] = field(default_factory=settings.Pictures)
+    pictures: settings.Flat[image_settings.Pictures] = field(default_factory=image_settings.Pictures)
     batch: settings.Flat[settings.Batch] = field(default_factory=settings.Batch)
     precision: settings.Flat[settings.Precision] = field(default_factory=settings.Precision)
     speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
     tuning: settings.Flat[settings.FullTuning] = field(default_factory=settings.FullTuning)
     optim: settings.Flat[settings.Optim] = field(default_factory=settings.Optim)
-    flow: settings.Flat[settings.FlowMatching] = field(default_factory=settings.FlowMatching)
+    flow: settings.Flat[image_settings.FlowMatching] = field(default_factory=image_settings.FlowMatching)
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
-    drawing: settings.Flat[settings.Drawing] = field(default_factory=settings.Drawing)
-    prompts: settings.Flat[settings.Prompts] = field(default_factory=settings.Prompts)
+    drawing: settings.Flat[image_settings.Drawing] = field(default_factory=image_settings.Drawing)
+    prompts: settings.Flat[image_settings.Prompts] = field(default_factory=image_settings.Prompts)
 
     def check(self) -> None:
         rules.multiple_of(self, "image_sample_size", 16, "VAE 8 x packing 2")
