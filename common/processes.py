@@ -34,6 +34,8 @@ stop = Stop()  # one for a process, since signals are
 class Release(Protocol):
     """Gradient release, which keeps the gradient norm (step/optimizers.py)."""
 
+    def finish(self) -> None: ...
+
     def grad_norm(self, sharded: bool) -> float: ...
 
 
@@ -60,6 +62,8 @@ class Run:
     resume: Path | None
     """the checkpoint to go on from"""
     release: Release | None = None
+    trained_share: float = 1.0
+    """of the model's parameters, for the MFU: frozen weights have no gradients of their own"""
 
     @property
     def device(self) -> torch.device:

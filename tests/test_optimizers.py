@@ -204,8 +204,9 @@ def test_adafactor_state_is_exact(dtype, tmp_path):
         assert torch.equal(resumed.state_dict()[name], weight), name
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "as a block"])
 @pytest.mark.parametrize("name", ["adafactor", "flash_adamw"])
-def test_gradient_release_is_the_plain_step(name):
+def test_gradient_release_is_the_plain_step(name, together):
     """Catches parameters stepped twice, never, or before their gradient is complete; hooks that keep the first
     learning rate, also after state is loaded; and a wrong logged gradient norm."""
     if torch.cuda.is_available() and name == "flash_adamw":
@@ -214,7 +215,7 @@ def test_gradient_release_is_the_plain_step(name):
     plain, released = copy.deepcopy(start), copy.deepcopy(start)
     cfg = config(optimizer=name, learning_rate=1e-3)
     plain_optimizer, optimizer = (build_optimizer(model, cfg) for model in (plain, released))
-    release = GradientRelease(optimizer)
+    release = GradientRelease(optimizer, [list(released.parameters())] if together else [])
     for step in range(6):
         if step == 3:
             for each in (plain_optimizer, optimizer):

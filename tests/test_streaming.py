@@ -75,8 +75,12 @@ def flash_adamw(model: nn.Module) -> torch.optim.Optimizer:
 def resident(model: nn.Module, make: Callable) -> tuple[nn.Module, torch.optim.Optimizer]:
     model.enable_gradient_checkpointing()
     optimizer = make(model)
-    GradientRelease(optimizer)
+    released(model, optimizer)
     return model, optimizer
+
+
+def released(model: nn.Module, optimizer: torch.optim.Optimizer) -> GradientRelease:
+    return GradientRelease(optimizer, [list(block.parameters()) for block in streaming.repeated_blocks(model)])
 
 
 @functools.cache
@@ -98,8 +102,7 @@ def streamed(
     function = streamer.checkpointed(lambda module, *args: module(*args))
     model.enable_gradient_checkpointing(Activations(device).offloading(function) if offload else function)
     optimizer = make(model)
-    streaming.bind(model, optimizer)
-    GradientRelease(optimizer)
+    streaming.bind(model, optimizer, released(model, optimizer))
     return model, optimizer
 
 
@@ -198,7 +201,7 @@ def test_frozen_blocks_stream_read_only():
             p.copy_(weights[name])
     model.enable_gradient_checkpointing(streamer.checkpointed(lambda module, *args: module(*args)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    streaming.bind(model, optimizer)
+    streaming.bind(model, optimizer, None)
     for step in range(3):
         model(**inputs(model, step, CPU))[0].pow(2).mean().backward()
         optimizer.step()

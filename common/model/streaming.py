@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.model.slots import Holder, Slots, tensors_of
+from common.processes import Release
 
 N_SLOTS = 3  # one computes, one comes, one goes
 
@@ -59,10 +60,10 @@ def at_home(model: nn.Module) -> AbstractContextManager:
     return streamers[model].at_home() if model in streamers else nullcontext()
 
 
-def bind(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let a model's streamed weights take their optimizer state with them."""
+def bind(model: nn.Module, optimizer: torch.optim.Optimizer, release: Release | None) -> None:
+    """Let a model's streamed weights take their optimizer state with them, and leave only when they are updated."""
     if model in streamers:
-        streamers[model].optimizer = optimizer
+        streamers[model].optimizer, streamers[model].gradient_release = optimizer, release
 
 
 def replace_parameters(module: nn.Module, tensors: dict[nn.Parameter, Tensor]) -> list[nn.Parameter]:
@@ -100,6 +101,7 @@ class Streamer:
         self.state: Slots | None = None  # of the optimizer, as large as the weights
         self.holders: list[list[Holder]] = []  # where the optimizer keeps it, by block
         self.optimizer: torch.optim.Optimizer | None = None
+        self.gradient_release: Release | None = None
         self.current: tuple[int, bool] | None = None  # (block, whether in its backward) that computes now
         self.recomputing = False
         self.index = {module: index for index, module in enumerate(self.modules)}
@@ -120,6 +122,9 @@ class Streamer:
         """What diffusers is to call in place of a block where gradients are wanted; otherwise: for blocks that
         stay."""
 
+        # without: updates that wait for a block's call must not draw their rounding from a random state put back
+        has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for m in self.modules for part in m.modules())
+
         @contextmanager
         def recompute() -> Iterator[None]:
             self.recomputing = True
@@ -131,7 +136,8 @@ class Streamer:
         def call(module: nn.Module, *args: Any) -> Any:
             if module not in self.index:
                 return otherwise(module, *args)
-            return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recompute()))
+            contexts = {"context_fn": lambda: (nullcontext(), recompute()), "preserve_rng_state": has_dropout}
+            return checkpoint(module, *args, use_reentrant=False, **contexts)
 
         return call
 
@@ -149,6 +155,8 @@ class Streamer:
                 slots.fetch(ahead)
 
     def _finish(self, index: int, backward: bool) -> None:
+        if backward and self.gradient_release is not None:
+            self.gradient_release.finish()
         if backward and self.state is not None:
             self._catch_replaced_state(index)
         for slots in self._slots(backward):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-from common.model.streaming import bind
+from common.model.streaming import bind, repeated_blocks
 from common.processes import Run, on_main, stop
 from common.record import trackers
 from common.record.folder import claim_output_dir, find_checkpoint
@@ -208,9 +208,9 @@ def prepare(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
     its hooks."""
-    bind(model, optimizer)
     if gradient_release:
-        run.release = GradientRelease(optimizer)
+        run.release = GradientRelease(optimizer, [list(block.parameters()) for block in repeated_blocks(model)])
+    bind(model, optimizer, run.release)
     if run.strategy == "fsdp2":
         return model, run.accelerator.prepare(optimizer)
     return run.accelerator.prepare(model, optimizer)

@@ -13,6 +13,8 @@ keeps it, by masters, by extra master bits, or by rounding up with the right pro
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -112,16 +114,15 @@ class Adafactor(torch.optim.Optimizer):
     A matrix's second moment is kept as the means of its rows and columns; its update is clipped to root mean square 1.
     The new weight is rounded to bf16 stochastically, so that its expected value is the fp32 one. Randomness comes from
     the weight's device generator. Tensors with more than two axes are treated as (first axis, the rest). On CUDA the
-    update is one compiled kernel a shape.
+    update of a block is compiled, for each kind of block.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, decay_power: float = 0.8):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_power": decay_power})
-        compiled = torch.cuda.is_available()
-        if compiled:
-            torch._dynamo.config.recompile_limit = 64  # one kernel a shape; large models have more than 8
-        self._update_matrix = torch.compile(_update_matrix, dynamic=False) if compiled else _update_matrix
-        self._update_vector = torch.compile(_update_vector, dynamic=False) if compiled else _update_vector
+        self._update = _update
+        if torch.cuda.is_available():
+            torch._dynamo.config.recompile_limit = 64  # one for each kind of block, and for parameters outside
+            self._update = torch.compile(_update, dynamic=False)
         self._scalars: dict[tuple, Tensor] = {}
         self.steps_taken = 0
         self.square_sum: Tensor | None = None  # of gradients, for the log; the update yields it for nothing
@@ -134,29 +135,29 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_parameter(p, group)
+                    self.step_parameters([p], group)
 
     @torch.no_grad()
-    def step_parameter(self, p: Tensor, group: dict) -> None:
-        """Update one parameter from p.grad; gradient release calls it inside backward."""
-        state = self.state[p]
-        weight, grad = (p.view(p.shape[0], -1), p.grad.view(p.shape[0], -1)) if p.ndim > 1 else (p, p.grad)
-        if not state:
-            state["step"] = 0
-            shapes = (
-                {"row": (weight.shape[0],), "column": (weight.shape[1],)} if p.ndim > 1 else {"square": weight.shape}
-            )
-            state.update(
-                {name: torch.zeros(shape, dtype=torch.float32, device=p.device) for name, shape in shapes.items()}
-            )
-        state["step"] += 1
-        scalars = self._device_scalars(p.device, group, state["step"])
+    def step_parameters(self, parameters: Sequence[Tensor], group: dict) -> None:
+        """Update parameters from their gradients, at once; gradient release calls it inside backward."""
+        device = parameters[0].device
         if self.square_sum is None:
-            self.square_sum = torch.zeros((), device=p.device)
-        if p.ndim > 1:
-            self._update_matrix(weight, grad, state["row"], state["column"], scalars, self.square_sum)
-        else:
-            self._update_vector(weight, grad, state["square"], scalars, self.square_sum)
+            self.square_sum = torch.zeros((), device=device)
+        by_step: dict[int, list[Tensor]] = {}  # one, unless some had no gradient at times
+        for p in parameters:
+            state = self.state[p] or self._begin(p)
+            state["step"] += 1
+            by_step.setdefault(state["step"], []).append(p)
+        for step, together in by_step.items():
+            means = [[value for value in self.state[p].values() if isinstance(value, Tensor)] for p in together]
+            weights, grads = [p.detach() for p in together], [p.grad for p in together]
+            self._update(weights, grads, means, self._device_scalars(device, group, step), self.square_sum)
+
+    def _begin(self, p: Tensor) -> dict:
+        """State of zeros: means of a matrix's rows and columns, or a vector's squares."""
+        shapes = {"row": p.shape[:1], "column": p.shape[1:].numel()} if p.ndim > 1 else {"square": p.shape}
+        self.state[p].update({name: torch.zeros(shape, device=p.device) for name, shape in shapes.items()}, step=0)
+        return self.state[p]
 
     def _device_scalars(self, device: torch.device, group: dict, step: int) -> Tensor:
         """(3,) float32 on the device: learning rate, 1 - beta2, weight decay factor.
@@ -179,25 +180,34 @@ class Adafactor(torch.optim.Optimizer):
             self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
 
 
-def _update_matrix(
-    weight: Tensor, grad: Tensor, row: Tensor, column: Tensor, scalars: Tensor, square_sum: Tensor
+def _update(
+    weights: list[Tensor], grads: list[Tensor], means: list[list[Tensor]], scalars: Tensor, square_sum: Tensor
 ) -> None:
-    grad = grad.float()
+    sums = []
+    for weight, grad, mean in zip(weights, grads, means, strict=True):
+        if weight.ndim > 1:
+            rows = weight.shape[0]
+            sums.append(_update_matrix(weight.view(rows, -1), grad.view(rows, -1).float(), *mean, scalars))
+        else:
+            sums.append(_update_vector(weight, grad.float(), *mean, scalars))
+    square_sum.add_(torch.stack(sums).sum())
+
+
+def _update_matrix(weight: Tensor, grad: Tensor, row: Tensor, column: Tensor, scalars: Tensor) -> Tensor:
     square = grad * grad + 1e-30
     row_means = square.mean(dim=1)
-    square_sum.add_(row_means.sum() * grad.shape[1])
     row.lerp_(row_means, scalars[1])
     column.lerp_(square.mean(dim=0), scalars[1])
     update = grad * (row / row.mean()).rsqrt()[:, None] * column.rsqrt()[None]
     _apply_update(weight, update, scalars)
+    return row_means.sum() * grad.shape[1]
 
 
-def _update_vector(weight: Tensor, grad: Tensor, square: Tensor, scalars: Tensor, square_sum: Tensor) -> None:
-    grad = grad.float()
+def _update_vector(weight: Tensor, grad: Tensor, square: Tensor, scalars: Tensor) -> Tensor:
     square_now = grad * grad + 1e-30
-    square_sum.add_(square_now.sum())
     square.lerp_(square_now, scalars[1])
     _apply_update(weight, grad * square.rsqrt(), scalars)
+    return square_now.sum()
 
 
 def _apply_update(weight: Tensor, update: Tensor, scalars: Tensor) -> None:
@@ -215,28 +225,56 @@ def stochastic_round(values: Tensor) -> Tensor:
 
 
 class GradientRelease:
-    """Steps each parameter as soon as its gradient is complete, inside backward, and frees the gradient.
+    """Steps each block's parameters as soon as their gradients are complete, inside backward, and frees the gradients.
 
-    The parameter's group is looked up when the hook runs: accelerate's wrapper and load_state_dict replace the group
-    dictionaries, and hooks that kept the first ones would never see a new learning rate. Keeps the gradient norm for
-    the log.
+    blocks: parameters that are stepped together, in one call where the optimizer knows how; all others are stepped
+    one by one. A block some of whose parameters get no gradient is stepped when another's turn comes, and at the end
+    of backward. The parameters' group is looked up when the hook runs: accelerate's wrapper and load_state_dict
+    replace the group dictionaries, and hooks that kept the first ones would never see a new learning rate. Keeps the
+    gradient norm for the log.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, blocks: Sequence[Sequence[Tensor]] = ()):
         self.optimizer = optimizer
         self.square_sum: Tensor | None = None
-        self.step_parameter = getattr(optimizer, "step_param", None) or optimizer.step_parameter
-        for index, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                p.register_post_accumulate_grad_hook(lambda p, index=index: self._release(p, index))
+        self.waiting: list[Tensor] = []  # of one unit
+        self.step_together = getattr(optimizer, "step_parameters", None) or (
+            lambda parameters, group: [optimizer.step_param(p, group) for p in parameters]
+        )
+        block_of = {p: number for number, block in enumerate(blocks) for p in block}
+        self.unit_of = {  # parameters of one block and one group
+            p: (index, block_of.get(p, p))
+            for index, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
+        self.order = {p: number for number, p in enumerate(self.unit_of)}
+        self.sizes = Counter(self.unit_of.values())
+        for p in self.unit_of:
+            p.register_post_accumulate_grad_hook(self._release)
 
-    def _release(self, p: Tensor, index: int) -> None:
+    def _release(self, p: Tensor) -> None:
+        unit = self.unit_of[p]
+        if self.waiting and self.unit_of[self.waiting[0]] != unit:
+            self.finish()
+        self.waiting.append(p)
+        if len(self.waiting) == self.sizes[unit]:
+            self.finish()
+        elif len(self.waiting) == 1:
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    def finish(self) -> None:
+        """Step what has waited for the rest of its block."""
+        if not self.waiting:
+            return
+        parameters = sorted(self.waiting, key=self.order.__getitem__)  # kernels are compiled for one order
+        self.waiting = []
         if not isinstance(self.optimizer, Adafactor):  # whose update yields the sum of squares by itself
-            grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-            square_sum = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+            grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters]
+            square_sum = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
             self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
-        self.step_parameter(p, self.optimizer.param_groups[index])
-        p.grad = None
+        self.step_together(parameters, self.optimizer.param_groups[self.unit_of[parameters[0]][0]])
+        for p in parameters:
+            p.grad = None
 
     def grad_norm(self, sharded: bool) -> float:
         """Gradient norm of the last backward, over all shards (a collective call when `sharded`); counts anew."""
