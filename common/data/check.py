@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from common.data.images import check_image
+from common.data.json_rows import short
 from common.data.manifest import Record, load_manifest, read_bytes
 from common.processes import Run, on_main, progress_bar
 from common.settings import Pictured
@@ -72,7 +73,7 @@ def _check(
     try:
         for place in range(len(names)):
             if place > len(sources) and not isinstance(record.extra.get(places[place]), str):
-                raise ValueError(f"is {record.extra.get(places[place])!r}, expected a path")
+                raise ValueError(f"is {short(record.extra.get(places[place]))}, expected a path")
             images.append(read_bytes(record, train_data_dir, places[place]))
             digest.update(len(images[-1]).to_bytes(8, "little") + images[-1])
         decode = digest.hexdigest() not in known_good
@@ -81,7 +82,7 @@ def _check(
             if 0 < place <= len(sources) and (problem := source_problem(*sizes[-1])):
                 raise ValueError(problem)
     except (FileNotFoundError, NotADirectoryError):
-        return dataclasses.replace(record, problem=f"{names[place]}missing")
+        return dataclasses.replace(record, problem=f"{names[place][:200]}missing")
     except (OSError, ValueError) as error:
         return dataclasses.replace(record, problem=f"{names[place][:200]}{error}"[:400])
     (width, height), *source_sizes = sizes[: 1 + len(sources)]
@@ -113,7 +114,9 @@ def check_records(
     """
     wrong = f"expected {' or '.join(types)}"
     records = [
-        dataclasses.replace(r, problem=f"type is {r.type!r}, {wrong}") if not r.problem and r.type not in types else r
+        dataclasses.replace(r, problem=f"type is {short(r.type)}, {wrong}")
+        if not r.problem and r.type not in types
+        else r
         for r in records
     ]
     if on_bad_rows not in ("error", "skip"):

@@ -4,9 +4,7 @@ Reads a JSON list, JSONL, an image folder's metadata.jsonl, parquet and WebDatas
 kept with it, for check.py to report.
 """
 
-import codecs
 import dataclasses
-import json
 import os
 import stat
 import tarfile
@@ -17,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from common.data.images import decode_image
+from common.data.json_rows import decode, json_rows, parse_json, short
 
 MANIFESTS = ("metadata.jsonl", "train.jsonl", "train.json", "metadata.json", "*.parquet", "*.tar")  # the first wins
 LARGEST_FILE = 2**29  # bytes of one picture or video
@@ -81,7 +80,7 @@ def load_manifest(
             elif path.suffix == ".tar":
                 records += _tar_records(path, text_column)
             elif path.suffix in (".json", ".jsonl"):
-                records += [_record(*row, image_column, text_column) for row in _json_rows(path)]
+                records += [_record(*row, image_column, text_column) for row in json_rows(path)]
             else:
                 raise ValueError("expected a .json, .jsonl, .parquet or uncompressed .tar file")
         except (ValueError, OSError, tarfile.TarError) as error:
@@ -93,49 +92,6 @@ def load_manifest(
 
 def _glob(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.parent.glob(path.name)) if "*" in path.name else []
-
-
-def _json_rows(path: Path) -> Iterator[tuple[object, int, str]]:
-    """(row, its number, where it is) of a JSON list or of the lines of a JSONL file. A line that cannot be read is a
-    ValueError in the row's place."""
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if path.suffix == ".json":
-        rows = parse_json(data)
-        if not isinstance(rows, list):
-            raise ValueError(f"got a JSON {type(rows).__name__}, expected a list of rows")
-        yield from ((row, number, f"{path.name} row {number}") for number, row in enumerate(rows))
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):  # not at every Unicode line break
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                row = error
-            yield row, number, f"{path.name} line {number}"
-
-
-def parse_json(data: bytes) -> object:
-    """One JSON value from UTF-8. ValueError for whatever is none, at most a line long: nesting without end, numbers of
-    hundreds of digits, half characters."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-        if b"\\u" in data:  # an escape may be half of a surrogate pair
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at place {error.start}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError("a text has half of a surrogate pair, which is no character") from error
-    except RecursionError as error:
-        raise ValueError("not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}"[:200]) from error
-
-
-def short(value: object) -> str:
-    """A value for a message: at most 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
@@ -218,14 +174,11 @@ def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
             if suffix.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
                 kind = suffix if suffix.startswith("source") else ""  # "" is the target and sorts before the sources
                 images[kind] = ("tar", str(path), member.offset_data, member.size)
-            elif suffix == "txt":
-                text = tar.extractfile(member).read().decode("utf-8", errors="replace")
-                row[text_column or TEXT_COLUMNS[0]] = text.strip()
-            elif suffix == "json":
+            elif suffix in ("txt", "json"):
                 try:
-                    row.update(json.loads(tar.extractfile(member).read()))
-                except (ValueError, TypeError) as error:
-                    row["error"] = ValueError(f"not valid JSON: {error}")
+                    row.update(_tar_columns(tar, member, suffix, text_column or TEXT_COLUMNS[0]))
+                except ValueError as error:
+                    row["error"] = error
     for number, (key, (row, images)) in enumerate(samples.items()):
         row["file_path"] = f"{path.name}::{key}"
         kinds = sorted(images, key=_by_number)
@@ -234,6 +187,18 @@ def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
         row = problem if isinstance(problem, ValueError) else row
         inside = tuple(images[kind] for kind in kinds)
         yield _record(row, number, f"{path.name} sample {number} ({key})", "file_path", text_column, inside)
+
+
+def _tar_columns(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, text_column: str) -> dict:
+    """What a .txt or .json member says of its sample; ValueError when it cannot be read."""
+    _check_size(member.size)
+    data = tar.extractfile(member).read()
+    if suffix == "txt":
+        return {text_column: decode(data).strip()}
+    columns = parse_json(data)
+    if not isinstance(columns, dict):
+        raise ValueError(f"the .json is a {type(columns).__name__}, expected an object")
+    return columns
 
 
 # ---- bytes and images of a record
@@ -252,9 +217,13 @@ def read_file(path: Path) -> bytes:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("a directory" if path.is_dir() else "not an ordinary file")
-    if found.st_size > LARGEST_FILE:
-        raise ValueError(f"{found.st_size / 2**20:.0f} MiB; files of at most {LARGEST_FILE / 2**20:.0f} MiB are read")
+    _check_size(found.st_size)
     return path.read_bytes()
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise ValueError(f"{size / 2**20:.0f} MiB; files of at most {LARGEST_FILE / 2**20:.0f} MiB are read")
 
 
 def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
@@ -267,6 +236,7 @@ def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | No
     if place < len(record.inside):
         kind, path, *rest = record.inside[place]
         if kind == "tar":
+            _check_size(rest[1])
             with open(path, "rb") as file:
                 file.seek(rest[0])
                 return file.read(rest[1])

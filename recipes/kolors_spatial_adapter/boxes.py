@@ -4,12 +4,14 @@ A box is [x1, y1, x2, y2], x right, y down, as shares of the picture's width and
 {"phrase": "a red circle", "bbox": [x1, y1, x2, y2]}.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from common.data.json_rows import short
 
 Box = tuple[float, float, float, float]
 BOX_COLOURS = ("magenta", "darkorange", "deepskyblue", "limegreen", "gold", "black")
@@ -19,24 +21,24 @@ KEPT_SHARE = 0.2  # of an object's area that a crop must leave for the object to
 def objects_problem(objects: object) -> str:
     """What is wrong with a row's `objects`, by object and value; "" if nothing. An empty list is fine."""
     if not isinstance(objects, list):
-        return f"objects is {objects!r}, expected a list of {{phrase, bbox}}"
+        return f"objects is {short(objects)}, expected a list of {{phrase, bbox}}"
     for number, item in enumerate(objects):
         if not isinstance(item, dict) or not {"phrase", "bbox"} <= item.keys():
-            return f"objects[{number}] is {item!r}, expected {{phrase, bbox}}"
+            return f"objects[{number}] is {short(item)}, expected {{phrase, bbox}}"
         if not isinstance(item["phrase"], str) or not item["phrase"].strip():
-            return f"objects[{number}] has the phrase {item['phrase']!r}, expected words"
+            return f"objects[{number}] has the phrase {short(item['phrase'])}, expected words"
         if problem := box_problem(item["bbox"]):
-            return f"objects[{number}] ({item['phrase']}): {problem}"
+            return f"objects[{number}] ({item['phrase'][:100]}): {problem}"
     return ""
 
 
 def box_problem(bbox: object) -> str:
     """What is wrong with a box; "" if nothing."""
-    said = f"bbox is {bbox!r}"
+    said = f"bbox is {short(bbox)}"
     numbers = isinstance(bbox, list | tuple) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
     if not numbers:
         return f"{said}, expected four numbers [x1, y1, x2, y2]"
-    if not all(map(math.isfinite, bbox)):
+    if not all(abs(value) <= sys.float_info.max for value in bbox):  # nan, and whole numbers of 400 digits
         return f"{said}: not finite"
     x1, y1, x2, y2 = bbox
     if max(bbox) > 2:

@@ -24,7 +24,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
@@ -45,7 +44,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.data.images import check_image, decode_image
-from common.data.manifest import inside_folder
+from common.data.json_rows import json_rows, short
+from common.data.manifest import inside_folder, read_file
 from common.start import plan
 
 PROMPTS = {
@@ -111,7 +111,7 @@ def read_items(text: str) -> tuple[list, str]:
             break
         try:
             item, place = decoder.raw_decode(text, place)
-        except ValueError:  # it breaks off here, or ends without a bracket
+        except (ValueError, RecursionError):  # it breaks off here, or ends without a bracket, or nests without end
             break
         items.append(item)
     if not items and text[place : place + 1] != "]":
@@ -125,10 +125,10 @@ def read_object(item: object) -> dict | str:
         return "not an object"
     phrase = item.get("phrase", item.get("label"))
     bbox = item.get("bbox", item.get("bbox_2d"))
-    if not isinstance(phrase, str) or not phrase.strip():
+    if not isinstance(phrase, str) or not phrase.strip() or phrase != phrase.encode(errors="replace").decode():
         return "no phrase"
     numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
-    if not numbers or not all(map(math.isfinite, bbox)):
+    if not numbers or any(value != value for value in bbox):  # nan
         return "bbox is not four numbers"
     if min(bbox) < 0 or max(bbox) > 1000:
         return "bbox out of 0 to 1000"
@@ -147,22 +147,32 @@ def read_rows(path: Path) -> tuple[list[tuple[str, str]], int]:
     """([(url or path, caption), ...] each once, number of repeated lines). ValueError for a line of another form."""
     rows: dict[tuple[str, str], None] = {}
     repeated = 0
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            lines = csv.reader(file)
-        else:
-            lines = (line.rstrip("\r\n").split("\t") for line in file)
-        for number, line in enumerate(lines, start=1):
-            if number == 1 and len(line) == 2 and line[1].strip().lower() in ("caption", "text"):
-                continue
-            if not any(map(str.strip, line)):
-                continue
-            if len(line) != 2 or not all(map(str.strip, line)):
-                raise ValueError(f"{path.name} line {number}: got {line!r}, expected a picture, a tab and its caption")
-            row = line[0].strip(), line[1].strip()
-            repeated += row in rows
-            rows[row] = None
+    for number, line in enumerate(read_table(path), start=1):
+        if number == 1 and len(line) == 2 and line[1].strip().lower() in ("caption", "text"):
+            continue
+        if not any(map(str.strip, line)):
+            continue
+        if len(line) != 2 or not all(map(str.strip, line)):
+            raise ValueError(
+                f"{path.name} line {number}: got {short(line)}, expected a picture, a tab and its caption"
+            )
+        row = line[0].strip(), line[1].strip()
+        repeated += row in rows
+        rows[row] = None
     return list(rows), repeated
+
+
+def read_table(path: Path) -> Iterator[list[str]]:
+    """The fields of each line, by commas in a .csv, else by tabs. ValueError where it is no UTF-8, or no CSV."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file) if path.suffix == ".csv" else (line.rstrip("\r\n").split("\t") for line in file)
+            for line in lines:
+                yield line
+                number += 1
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path.name} line {number + 1} or soon after it: {error}") from error
 
 
 def file_path_of(source: str) -> str:
@@ -177,7 +187,7 @@ def fetch(source: str, folder: Path) -> bytes:
     try:
         path = inside_folder(folder, file_path_of(source))
         if path.is_file() or not source.startswith("http"):
-            return path.read_bytes()
+            return read_file(path)
         request = urllib.request.Request(source, headers={"User-Agent": "Mozilla/5.0"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             data = response.read(MAX_DOWNLOAD + 1)
@@ -344,7 +354,12 @@ def read_lines(path: Path) -> list[dict]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         path.write_bytes(whole)
-    return [json.loads(line) for line in whole.decode().splitlines()]
+    rows = []
+    for row, _, where in json_rows(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.parent / where} is none of this script's; delete that line: {short(row)}")
+        rows.append(row)
+    return rows
 
 
 def write_line(file: io.TextIOBase, row: dict) -> None:
@@ -389,7 +404,7 @@ def write_sheet(path: Path, layouts: Sequence[dict], folder: Path, count: int = 
     columns = 6
     sheet = Image.new("RGB", (columns * side, max(1, -(-len(shown) // columns)) * side), "white")
     for number, row in enumerate(shown):
-        picture = decode_image(inside_folder(folder, row["file_path"]).read_bytes())
+        picture = decode_image(read_file(inside_folder(folder, row["file_path"])))
         scale = (side - 8) / max(picture.size)
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         picture = show_boxes(picture.resize(size), row["objects"])

@@ -5,7 +5,6 @@ of the whole picture. Here they follow the picture's crop into its bucket, phras
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch.utils.data import Dataset
 from common import settings
 from common.data.cache import EmbeddingCache
 from common.data.images import cover_box
+from common.data.json_rows import json_rows, parse_json, short
 from common.data.loader import of_place
-from common.data.manifest import Record
+from common.data.manifest import Record, read_file
 from common.data.order import Place
 
 IGNORE = -100  # behind a phrase's end
@@ -53,7 +53,10 @@ def find_labelled(data: settings.Data) -> None:
             f"{data.train_data_meta or LABELLED} in this working directory, or give the folder of pictures as "
             "--train_data_dir and the file of rows as --train_data_meta"
         )
-    data.train_data_dir = json.loads(meta.read_text())["train_data_dir"]
+    recorded = parse_json(read_file(meta))
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("train_data_dir"), str):
+        raise ValueError(f"{meta} is {short(recorded)}, expected the train_data_dir that label_layouts.py recorded")
+    data.train_data_dir = recorded["train_data_dir"]
     data.train_data_meta = str(manifest)
 
 
@@ -183,15 +186,12 @@ def read_layouts(path: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no layouts in {path}; expected a JSONL file of rows with text and objects")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path.name} line {number}: not valid JSON: {error}") from error
-        problem = objects_problem(row.get("objects")) if isinstance(row, dict) else "expected an object"
+    for row, _, where in json_rows(path):
+        problem = str(row) if isinstance(row, ValueError) else "" if isinstance(row, dict) else "expected an object"
+        problem = problem or objects_problem(row.get("objects"))
         if not problem and not isinstance(row.get("text"), str):
-            problem = f"text is {row.get('text')!r}, expected a caption"
+            problem = f"text is {short(row.get('text'))}, expected a caption"
         if problem:
-            raise ValueError(f"{path.name} line {number}: {problem}")
+            raise ValueError(f"{where}: {problem}")
         rows.append(row)
     return rows

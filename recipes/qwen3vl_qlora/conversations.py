@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
+from qa_rows import part_texts, row_problem
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -21,14 +22,14 @@ from transformers import Qwen3VLProcessor
 
 from common import settings
 from common.data.images import check_image, decode_image
+from common.data.json_rows import json_rows
 from common.data.loader import of_place
-from common.data.manifest import inside_folder
+from common.data.manifest import inside_folder, read_file
 from common.data.order import Place
 from common.record.folder import append_row
 
 IGNORE_INDEX = -100  # what cross_entropy leaves out
 ANSWER_START, ANSWER_END = "<|im_start|>assistant\n", "<|im_end|>"
-IMAGE_TOKEN = "<|image_pad|>"
 
 
 class RowSettings(Protocol):
@@ -61,33 +62,28 @@ class Row:
     too_long: bool = False
 
 
-def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, max_length: int) -> Row:
-    """Read and check one line; what is wrong with it goes into the row's `problem`."""
-    row = Row(str(folder), where, [], [])
-    try:
-        content = json.loads(line)
-        row.images, row.messages = list(content["images"]), list(content["messages"])
-        row.problem = conversation_problem(row)
-    except (ValueError, KeyError, TypeError) as error:
-        row.problem = f"not a row ({type(error).__name__}: {error}); expected the keys images and messages"
+def check_row(content: object, folder: Path, where: str, processor: Qwen3VLProcessor, max_length: int) -> Row:
+    """Check one row, or the ValueError in its place; what is wrong with it goes into the row's `problem`."""
+    row, tokenizer = Row(str(folder), where, [], []), processor.tokenizer
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    row.problem = row_problem(content, special)
     if row.problem:
         return row
-    digest, image_tokens, images = hashlib.blake2b(line.encode(), digest_size=16), 0, processor.image_processor
+    row.images, row.messages = content["images"], content["messages"]
+    digest = hashlib.blake2b(json.dumps(content, ensure_ascii=False).encode(), digest_size=16)
+    image_tokens = 0
     for name in row.images:
         try:
-            data = inside_folder(folder, name).read_bytes()
-            width, height = check_image(data, decode=True, max_pixels=Image.MAX_IMAGE_PIXELS or 2**62)
-        except FileNotFoundError:
-            row.problem = f"{name}: missing"
-            return row
+            data = read_file(inside_folder(folder, name))
+            image_tokens += count_image_tokens(data, processor)
         except (OSError, ValueError) as error:
-            row.problem = f"{name}: {error}"
+            reason = "missing" if isinstance(error, FileNotFoundError | NotADirectoryError) else error
+            row.problem = f"{name[:200]}: {reason}"[:400]
             return row
         digest.update(data)
-        image_tokens += images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
-    input_ids = processor.tokenizer(processor.apply_chat_template(row.messages, tokenize=False)).input_ids
-    start, end = answer_span(input_ids, processor.tokenizer)
-    labelled = processor.tokenizer.decode(input_ids[start:end]).removesuffix(ANSWER_END)
+    input_ids = tokenizer(processor.apply_chat_template(row.messages, tokenize=False)).input_ids
+    start, end = answer_span(input_ids, tokenizer)
+    labelled = tokenizer.decode(input_ids[start:end]).removesuffix(ANSWER_END)
     if not labelled.strip().endswith("".join(part_texts(row.messages[-1])).strip()):
         row.problem = "the answer's tokens cannot be told from the template's; does it begin with a line break?"
         return row
@@ -98,29 +94,11 @@ def check_row(line: str, folder: Path, where: str, processor: Qwen3VLProcessor, 
     return row
 
 
-def conversation_problem(row: Row) -> str:
-    """Why the turns and the names of images cannot be used, "" if they can. KeyError or TypeError where a turn is none
-    at all."""
-    turns = [(message["role"], part_texts(message)) for message in row.messages]
-    contents = [message["content"] for message in row.messages]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    pictures = sum(part["type"] == "image" for part in parts)
-    answer = "".join(turns[-1][1]) if turns and turns[-1][0] == "assistant" else ""
-    if pictures != len(row.images):
-        return f"{pictures} image parts in messages, {len(row.images)} images; expected the same number"
-    if not answer.strip():
-        return "the last turn must be the assistant's answer, and not empty"
-    if ANSWER_END in answer or ANSWER_START in answer:
-        return f"the answer contains {ANSWER_START!r} or {ANSWER_END!r}, which end it for the model"
-    if any(IMAGE_TOKEN in text for _, texts in turns for text in texts):
-        return f"a text contains {IMAGE_TOKEN}, which stands for an image"
-    return ""
-
-
-def part_texts(message: dict) -> list[str]:
-    """The text parts of one turn, whose content is a string or a list of parts."""
-    content = message["content"]
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+def count_image_tokens(data: bytes, processor: Qwen3VLProcessor) -> int:
+    """The tokens of one picture. ValueError where it is damaged, or so narrow that the processor refuses it."""
+    images = processor.image_processor
+    width, height = check_image(data, decode=True, max_pixels=Image.MAX_IMAGE_PIXELS or 2**62)
+    return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
 
 
 def answer_span(input_ids: Sequence[int], tokenizer) -> tuple[int, int]:
@@ -144,8 +122,10 @@ def load_rows(cfg: RowSettings, file: Path, processor: Qwen3VLProcessor) -> list
     if not file.is_file():
         there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
         raise ValueError(f"no file {file}; JSONL files in that folder: {there}; generate_data.py writes them")
-    lines = [(number, line) for number, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
-    rows = [check_row(line, file.parent, f"{file.name} line {n}", processor, cfg.max_length) for n, line in lines]
+    found = json_rows(file)
+    rows = [check_row(content, file.parent, where, processor, cfg.max_length) for content, _, where in found]
+    if not rows:
+        raise ValueError(f"{file} has zero rows; generate_data.py writes them")
     bad = [row for row in rows if row.problem]
     fatal = [row for row in bad if (cfg.on_long_rows if row.too_long else cfg.data.on_bad_rows) == "error"]
     if fatal or len(bad) == len(rows):
@@ -231,7 +211,7 @@ def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:
     """input_ids, labels, mm_token_type_ids (L,); pixel_values (patches, 1536) and image_grid_thw (images, 3) where
     there are images. Labels are IGNORE_INDEX but for the answer."""
     text = processor.apply_chat_template(row.messages, tokenize=False)
-    images = [decode_image(inside_folder(row.folder, name).read_bytes()) for name in row.images]
+    images = [decode_image(read_file(inside_folder(row.folder, name))) for name in row.images]
     encoded = processor(text=[text], images=images or None, return_tensors="pt")
     input_ids = encoded["input_ids"][0]  # (L,)
     start, end = answer_span(input_ids.tolist(), processor.tokenizer)

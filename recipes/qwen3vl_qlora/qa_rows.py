@@ -14,11 +14,14 @@ entity have its `description`.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+
+from common.data.json_rows import json_rows, short
 
 SPLITS = ("train", "validation", "test")
 LETTERS = ("A", "B", "C", "D")
+ROLES = ("system", "user", "assistant")
 
 
 def make_row(
@@ -53,25 +56,71 @@ def read_rows(folder: Path, task: str, split: str) -> list[dict]:
         there = ", ".join(sorted(file.name for file in Path(folder).glob("*.jsonl"))) or "none"
         raise ValueError(f"no file {path}; JSONL files in that folder: {there}; the generators write them")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not at every Unicode line break
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            parts = row["messages"][0]["content"]
-            pictures = sum(part["type"] == "image" for part in parts)
-            missing = [name for name in row["images"] if not (path.parent / name).is_file()]
-            row["id"], row["task"], row["answer"]  # a KeyError names what is missing
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}, row {number}: not a row of this recipe ({reason})") from error
-        if missing or pictures != len(row["images"]):
-            what = f"no picture {missing[0]}" if missing else f"{pictures} image parts, {len(row['images'])} images"
-            raise ValueError(f"{path}, row {number}: {what}")
+    for row, number, _ in json_rows(path):
+        problem = row_problem(row)
+        if not problem and not all(isinstance(row.get(name), str) for name in ("id", "task", "answer")):
+            problem = "expected texts as id, task and answer"
+        missing = [] if problem else [name for name in row["images"] if not (path.parent / name).is_file()]
+        if missing:
+            problem = f"no picture {missing[0][:200]}"
+        if problem:
+            raise ValueError(f"{path}, row {number}: {problem}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
+
+
+def row_problem(row: object, special_tokens: Collection[str] = ()) -> str:
+    """Why a row's images and messages cannot be used, "" if they can. special_tokens: the tokenizer's, which no text
+    may contain, since they would begin and end turns and pictures where there are none."""
+    if isinstance(row, ValueError):
+        return f"not a row: {row}"
+    if not isinstance(row, dict) or not {"images", "messages"} <= row.keys():
+        return f"not a row: got {short(row)}, expected an object with images and messages"
+    images, messages = row["images"], row["messages"]
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        return f"images is {short(images)}, expected a list of paths"
+    if not isinstance(messages, list):
+        return f"messages is {short(messages)}, expected a list of turns"
+    for number, turn in enumerate(messages):
+        if problem := turn_problem(turn, special_tokens):
+            return f"messages[{number}]{problem}"
+    roles = [turn["role"] for turn in messages]
+    if not roles or roles[-1] != "assistant" or not "".join(part_texts(messages[-1])).strip():
+        return "the last turn must be the assistant's answer, and not empty"
+    if "user" not in roles or "system" in roles[1:]:
+        return f"the roles are {short(roles)}; expected system at the start if at all, and a user before the answer"
+    pictures = sum(part["type"] == "image" for turn in messages for part in turn["content"] if isinstance(part, dict))
+    if pictures != len(images):
+        return f"{pictures} image parts in messages, {len(images)} images; expected the same number"
+    return ""
+
+
+def turn_problem(turn: object, special_tokens: Collection[str]) -> str:
+    """Why one turn cannot be used; "" if it can."""
+    if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+        return f" is {short(turn)}, expected role and content, nothing else"
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        return f".role is {short(role)}, expected {', '.join(ROLES)}"
+    if not isinstance(content, str | list):
+        return f".content is {short(content)}, expected a text or a list of parts"
+    for number, part in enumerate(content if isinstance(content, list) else []):
+        text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        if part != {"type": "image"} and not (text and isinstance(part["text"], str)):
+            expected = 'expected {"type": "image"} (its path is in images) or {"type": "text", "text": "..."}'
+            return f".content[{number}] is {short(part)}, {expected}"
+        if not text and role != "user":
+            return f".content[{number}] is an image, expected those in the user's turns alone"
+    found = [token for token in special_tokens if any(token in text for text in part_texts(turn))]
+    return f": a text contains {min(found)}, which is a sign of the template's" if found else ""
+
+
+def part_texts(turn: dict) -> list[str]:
+    """The text parts of one turn, whose content is a string or a list of parts."""
+    content = turn["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def new_folder(path: Path) -> Path:

@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from data_files import hostile_bytes, hostile_rows, write_hostile_files
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from common.data.cache import EmbeddingCache
@@ -57,6 +60,50 @@ def test_bad_rows_are_named_by_line_and_object(train, layouts, tmp_path):
     cfg.data.on_bad_rows = "skip"
     left = check(cfg, load_manifest(tmp_path), row_problem=layouts.row_problem, progress=False)
     assert [record.row for record in left] == [1]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    write_hostile_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("entry", hostile_rows("boxes"))
+def test_hostile_rows_are_named(train, layouts, hostile, entry):
+    """Catches tracebacks, messages of megabytes and what is taken for good, in the check of rows to train on and in
+    read_layouts, which says the same."""
+    good = b'{"file_path": "good.png", "text": "a red square", "objects": []}'
+    (hostile / "train.jsonl").write_bytes(b"\n".join([good, hostile_bytes(entry), good]))
+    cfg = train.Config()
+    cfg.data.train_data_dir = cfg.run.output_dir = str(hostile)
+    records = load_manifest(hostile)
+    if not entry["said"]:
+        assert len(check(cfg, records, row_problem=layouts.row_problem, progress=False)) == 3
+        assert len(layouts.read_layouts(hostile / "train.jsonl")) == 3
+        return
+    with pytest.raises(ValueError, match="1 of 3 rows are bad") as error:
+        check(cfg, records, row_problem=layouts.row_problem, progress=False)
+    with pytest.raises(ValueError) as error_again:
+        layouts.read_layouts(hostile / "train.jsonl")
+    for said in (str(error.value), str(error_again.value)):
+        assert "train.jsonl line 2" in said and entry["said"] in said and len(said) < 800, said[:2000]
+
+
+NUMBERS = st.floats() | st.integers() | st.floats(0, 1) | st.booleans() | st.text(max_size=2)
+OBJECTS = st.fixed_dictionaries(
+    {}, optional={"phrase": st.text(max_size=4), "bbox": st.lists(NUMBERS, min_size=3, max_size=5) | NUMBERS}
+)
+
+
+@given(st.lists(OBJECTS, max_size=2) | NUMBERS)
+def test_any_objects_have_a_problem_or_an_area(boxes, objects):
+    """Catches an exception for any objects, and a box without a problem that covers nothing."""
+    problem = boxes.objects_problem(objects)
+    assert len(problem) < 500
+    for item in [] if problem else objects:
+        x1, y1, x2, y2 = item["bbox"]
+        assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and item["phrase"].strip()
 
 
 def test_crop(boxes):

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_files import hostile_bytes, hostile_rows
 from helpers import ROOT, Launched, load_script, run_command, start_command
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tiny import shapes
@@ -103,7 +106,43 @@ def test_keeps_at_most_max_objects(labels):
     assert left_out == {"more than max_objects": 5}
 
 
+@pytest.mark.parametrize("entry", hostile_rows("answer"))
+def test_hostile_answers_have_a_reason(labels, entry):
+    """Catches an answer that ends a labelling run of days: numbers of hundreds of digits, nesting without end, half
+    characters that no file can hold."""
+    objects, left_out, reason = labels.parse_answer(hostile_bytes(entry).decode(), 8)
+    assert objects == [] and entry["said"] in (reason, *left_out)
+
+
+@given(st.text(alphabet='[]{},:"0159.e-phrasebox ', max_size=60) | st.text(max_size=20))
+def test_any_answer_has_objects_or_a_reason(labels, text):
+    """Catches an exception for any answer, and objects that cannot be written."""
+    objects, _, reason = labels.parse_answer(text, 8)
+    assert bool(objects) != bool(reason)
+    json.dumps(objects, ensure_ascii=False).encode("utf-8")
+
+
 # ---------------------------------------------------------------- the rows
+
+
+def test_a_table_that_cannot_be_read_names_its_line(labels, tmp_path):
+    """Catches tracebacks of the decoder and of the csv module."""
+    (tmp_path / "x.tsv").write_bytes(b"1.png\ta cat\n" + b"2.png\tcaf\xe9\n" * 2)
+    with pytest.raises(ValueError, match=r"x.tsv line 1 or soon after it: .*utf-8.*0xe9"):
+        labels.read_rows(tmp_path / "x.tsv")
+    (tmp_path / "x.csv").write_text("1.png,a cat\n2.png," + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"x.csv line 2 or soon after it: field larger than"):
+        labels.read_rows(tmp_path / "x.csv")
+
+
+def test_what_was_written_is_read_again(labels, tmp_path):
+    """Catches a run that cannot go on from its own file, because a caption has a line break of Unicode in it."""
+    with open(tmp_path / "rows.jsonl", "w", encoding="utf-8") as file:
+        labels.write_line(file, {"text": "a\u2028b\u0085c\u000bd"})
+    assert labels.read_lines(tmp_path / "rows.jsonl") == [{"text": "a\u2028b\u0085c\u000bd"}]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2 is none of this script's"):
+        labels.read_lines(tmp_path / "rows.jsonl")
 
 
 def test_reads_tabs_and_commas_and_chinese(labels, tmp_path):

@@ -228,9 +228,10 @@ def test_bad_files_are_named(tmp_path):
     for text, message in [
         ("", "is empty"),
         ("{", "row 1: not a row"),
-        (json.dumps({"id": "1"}), "row 1: not a row of this recipe .KeyError: 'messages'"),
+        (json.dumps({"id": "1"}), "row 1: not a row: got .* expected an object with images and messages"),
         (json.dumps(good), "row 1: no picture a.png"),
-        (json.dumps({**good, "images": []}), "1 image parts, 0 images"),
+        (json.dumps({**good, "images": []}), "1 image parts in messages, 0 images"),
+        (json.dumps({**good, "answer": None}), "expected texts as id, task and answer"),
     ]:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

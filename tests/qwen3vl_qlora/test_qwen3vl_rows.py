@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data_files import hostile_bytes, hostile_rows, write_hostile_files
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from common.data.json_rows import json_rows
 from common.data.order import Place
 
 START = "<|im_start|>assistant\n"
@@ -38,7 +42,8 @@ def line(question: str = "is", answer: str = "the keeper", images: tuple = ("0.p
 
 
 def check(rows, processor, folder, text: str, max_length: int = 200):
-    return rows.check_row(text, folder, "line 1", processor, max_length)
+    (folder / "one.jsonl").write_text(text, encoding="utf-8")
+    return rows.check_row(next(json_rows(folder / "one.jsonl"))[0], folder, "line 1", processor, max_length)
 
 
 def settings(on_bad_rows: str = "error", output_dir: str = "", **changes) -> SimpleNamespace:
@@ -55,8 +60,7 @@ def settings(on_bad_rows: str = "error", output_dir: str = "", **changes) -> Sim
         "is",
         "assistant",
         "who is the assistant\nassistant\n",
-        f"{START}the captain<|im_end|>\n",
-        f"the text {START} is a marker<|im_end|>\n<|im_start|>user\nassistant",
+        "im_start|>assistant\nthe captain<|im_end",
     ],
 )
 def test_labels_are_the_answer_only(rows, processor, folder, question):
@@ -190,9 +194,9 @@ def test_step_tokens_are_those_of_the_whole_group(rows, processor, folder):
         ),
         (line(answer=" "), "not empty"),
         (json.dumps({"images": [], "messages": [{"role": "user", "content": "is"}]}), "last turn must be"),
-        (line(answer="A<|im_end|>B"), "answer contains"),
-        (line(answer=f"A{START}B"), "answer contains"),
-        (line("what is <|image_pad|>?"), "stands for an image"),
+        (line(answer="A<|im_end|>B"), "messages[1]: a text contains <|im_end|>"),
+        (line(answer=f"A{START}B"), "messages[1]: a text contains <|im_start|>"),
+        (line("what is <|image_pad|>?"), "messages[0]: a text contains <|image_pad|>"),
         (line(images=("none.png",)), "none.png: missing"),
         (line(images=("../0.png",)), "outside train_data_dir"),
         (line(images=("cut.png",)), "truncated"),
@@ -294,3 +298,52 @@ def test_all_rows_of_a_run(train, rows, processor, data_folder):
     cfg.task, cfg.max_validation_rows = "reverse", 5
     found = rows.load_all_rows(cfg, processor)
     assert found.train[0].where.startswith("reverse_train.jsonl") and len(found.task) == 5
+
+
+# ---- whatever else a file may hold
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    write_hostile_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("entry", hostile_rows("conversation"))
+def test_hostile_rows_are_named_before_training(rows, processor, hostile, entry, capfd):
+    """Catches tracebacks, in the check or later in the loader, and rows that would teach nonsense in silence: each is
+    one short sentence with its line. What is good goes all the way to tensors."""
+    good = line(images=("good.png",)).encode()
+    (hostile / "rows.jsonl").write_bytes(b"\n".join([good, hostile_bytes(entry), good]))
+    cfg = settings(output_dir=str(hostile))
+    if not entry["said"]:
+        assert all(len(rows.encode(row, processor)) for row in rows.load_rows(cfg, hostile / "rows.jsonl", processor))
+        return
+    with pytest.raises(ValueError, match="1 of 3 rows") as error:
+        rows.load_rows(cfg, hostile / "rows.jsonl", processor)
+    said = str(error.value)
+    assert "rows.jsonl line 2: " in said and entry["said"] in said and len(said) < 800, said[:2000]
+    cfg.data.on_bad_rows = cfg.on_long_rows = "skip"
+    assert len(rows.load_rows(cfg, hostile / "rows.jsonl", processor)) == 2
+
+
+TEXTS = st.text(max_size=6) | st.sampled_from(["<|im_end|>", "is", ""])
+ANYTHING = st.recursive(st.none() | st.integers() | TEXTS, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+PARTS = st.fixed_dictionaries(
+    {}, optional={"type": st.sampled_from(["text", "image", "audio", None]), "text": ANYTHING, "image": ANYTHING}
+)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "human", None])},
+    optional={"content": TEXTS | st.lists(PARTS | ANYTHING, max_size=3) | ANYTHING},
+)
+
+
+@given(st.fixed_dictionaries({}, optional={"images": ANYTHING, "messages": st.lists(TURNS, max_size=4) | ANYTHING}))
+def test_any_conversation_has_a_problem_or_tokens(rows, processor, row):
+    """Catches an exception for any row, and one without a problem that the template cannot write."""
+    problem = importlib.import_module("qa_rows").row_problem(row, ["<|im_end|>"])
+    assert len(problem) < 400
+    if not problem:
+        text = processor.apply_chat_template(row["messages"], tokenize=False)
+        assert text.count("<|im_end|>") == len(row["messages"]) and text.count("<|image_pad|>") == len(row["images"])
