@@ -1,8 +1,9 @@
 """A run's processes: who is main, what all agree on, and when to stop. The ground floor: it knows no other room."""
 
+import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from common.progress import progress_bar, stage
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,6 +67,8 @@ class Run:
     release: Release | None = None
     trained_share: float = 1.0
     """of the model's parameters, for the MFU: frozen weights have no gradients of their own"""
+    rows: dict[str, Any] = field(default_factory=dict)
+    """for the report: how many rows there are, of what sizes"""
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +92,15 @@ class Run:
 
     def print(self, *words: object) -> None:
         """Print on the main process, beside a progress bar."""
-        if self.is_main:
+        if self.is_main and sys.stderr.isatty():
             tqdm.write(" ".join(map(str, words)), file=sys.stdout)
-            sys.stdout.flush()
+        elif self.is_main:
+            print(*words, flush=True)
 
-    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
-        """A progress bar on the main process."""
-        return iter(progress_bar(items, title, disable=not self.is_main))
+    def progress(self, items: Collection[Item], title: str) -> Iterator[Item]:
+        """The items, with a progress bar on the main process, as the stage that the title's first word names."""
+        with stage(title.split()[0], len(items) * self.world_size):
+            yield from progress_bar(items, title, disable=not self.is_main)
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The bare model inside what the strategy wraps around it."""
@@ -113,7 +120,7 @@ class Run:
         Sharded weights are gathered inside forward, so all processes must do as many forwards: those past the end do
         an item again, which does not count.
         """
-        for start in range(0, len(items), self.world_size):
+        for start in self.progress(range(0, len(items), self.world_size), "validate"):
             index = start + self.rank
             yield index, items[index % len(items)], index < len(items)
 
@@ -146,10 +153,10 @@ class Run:
         self.accelerator.end_training()
 
 
-def progress_bar(*arguments: Any, **settings: Any) -> tqdm:
-    """tqdm's, drawn every ten seconds where it goes to a log file, which bars would fill."""
-    seconds = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(*arguments, **settings, dynamic_ncols=True, mininterval=seconds)
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
 
 
 def on_main(run: Run, function: Callable[..., Result], *arguments: Any, **settings: Any) -> Result:

@@ -3,6 +3,7 @@
 import atexit
 import signal
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,6 +100,9 @@ def make_sampler(
     data: Data, batch: Batch, run: Run, seed: int, segments: Sequence[Sequence[int]], start_step: int
 ) -> MicroBatchSampler:
     """This process's micro-batches, from the step that a checkpoint's segments lead to."""
+    run.rows = {"train": len(data), "held_out": len(data.held_out), "shown": len(data.shown)}
+    sizes = Counter(bucket for bucket in data.bucket_ids if isinstance(bucket, tuple))  # (width, height)
+    run.rows["buckets"] = {" x ".join(map(str, size)): count for size, count in sizes.most_common()}
     return MicroBatchSampler(
         data.bucket_ids,
         batch.train_batch_size,

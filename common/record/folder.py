@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -10,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
 from common import rules
-from common.processes import Run
+from common.processes import Run, device_name
 from common.record import integrity
+from common.settings import Shared
 
 STATE_FILE = "trainer_state.json"
 # what a run leaves beside its checkpoints
@@ -135,14 +138,16 @@ def save_config(cfg: object, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def write_environment(run: Run, output_dir: str | Path) -> None:
-    """environment.json: versions, commit, hardware, launch file and command, for whoever repeats the run."""
+def write_environment(run: Run, cfg: Shared) -> None:
+    """environment.json: versions, commit, hardware, launch file, command, rows, and the settings that are not the
+    recipe's defaults, for whoever repeats the run and for the report."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
     for name in "torch diffusers transformers accelerate deepspeed peft bitsandbytes flashoptim safetensors".split():
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
+    settings, defaults = rules.flat(cfg), rules.flat(type(cfg)())
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=run.recipe_dir, capture_output=True, text=True)
     facts = {
         "versions": versions,
@@ -150,9 +155,20 @@ def write_environment(run: Run, output_dir: str | Path) -> None:
         "commit": git.stdout.strip() or None,
         "processes": run.world_size,
         "launch": run.launch,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "launch_file": os.environ.get("LAUNCH", run.launch),
+        "device": device_name(),
+        "gpus": torch.cuda.device_count(),
+        "cores": os.cpu_count(),
+        "main_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "recipe": str(run.recipe_dir),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "rows": run.rows,
+        "changed": {name: [defaults[name], value] for name, value in settings.items() if value != defaults[name]},
     }
-    (Path(output_dir) / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_atomically(Path(cfg.run.output_dir) / "environment.json", json.dumps(facts, indent=2, default=str) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from common.processes import Run, on_main, progress_bar, stop
+from common.processes import Run, on_main, stop
+from common.progress import peak_memory_gib, progress_bar, stages, table_of_stages
 from common.record import trackers
 from common.record.checkpoint import State
 from common.record.folder import (
@@ -22,9 +22,11 @@ from common.record.folder import (
     keep_rows_until,
     read_rows,
     save_config,
+    write_atomically,
     write_environment,
 )
 from common.record.pictures import draw_curves
+from common.record.report import REPORT, write_report
 from common.settings import Shared
 
 LOOK_AT = ("validation_images/ (grid.png in each step's folder)", "curves.png")
@@ -37,7 +39,7 @@ def start(run: Run, cfg: Shared, state: State, max_nonfinite_steps: int = 0) -> 
     on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, True, asked)
     if run.is_main:
         save_config(cfg, Path(cfg.run.output_dir) / "config.yaml")
-        write_environment(run, cfg.run.output_dir)
+        write_environment(run, cfg)
     return Meter(run, cfg, state.step, max_nonfinite_steps)
 
 
@@ -47,15 +49,17 @@ class Meter:
     def __init__(self, run: Run, cfg: Shared, first_step: int, max_nonfinite_steps: int = 0):
         self.run, self.cfg, self.max_nonfinite_steps = run, cfg, max_nonfinite_steps
         self.folder = Path(cfg.run.output_dir)
-        self.curve_drawn = 0.0
+        self.drawn, self.drawing_took = 0.0, 0.0  # curves and report, seconds
         half = torch.float16 if run.compute_dtype == torch.float16 else torch.bfloat16
         self.peak_flops = matmul_ceiling(run.device, half)
         self.nonfinite_steps = self.skipped_in_a_row = self.skipped_steps = 0  # skipped by an fp16 run's loss scale
-        self.bar: tqdm | None = None  # begins with the first step, so that a validation before it does not count
+        self.bar: Any = None  # begins with the first step, so that a validation before it does not count
+        self.trained_seconds, self.trained_samples = 0.0, 0  # since the last row of stages.jsonl
         self.start_step()
         if run.is_main:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 keep_rows_until(self.folder / name, first_step)
+            stages.write_to(self.folder / "stages.jsonl", goes_on=first_step > 0)
             rows = read_rows(self.folder / "metrics.jsonl")
             self.skipped_steps = rows[-1].get("skipped_steps", 0) if rows else 0
         trackers.start(run, cfg)
@@ -93,15 +97,19 @@ class Meter:
         row |= {
             "seconds_per_step": seconds,
             "samples_per_second": self.samples * self.run.world_size / seconds,
-            "mfu": 3 * self.forward_flops / (seconds * self.peak_flops),
+            "mfu": (2 + self.run.trained_share) * self.forward_flops / (seconds * self.peak_flops),
             "data_wait": self.data_wait,
-            "peak_memory_gib": peak_memory_gib(self.run.device),
+            "peak_memory_gib": peak_memory_gib(),
         }
         if self.run.accelerator.scaler is not None:
             skipped = self.run.accelerator.optimizer_step_was_skipped
             self.skipped_steps += int(skipped)
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             row["skipped_steps"] = self.skipped_steps
+        self.trained_seconds += seconds
+        self.trained_samples += self.samples * self.run.world_size
+        if self.bar is None:  # the first step has what compiles, and what is allocated
+            self._note_training("compile" if self.cfg.speed.compile else "train")
         if self.run.is_main:
             self._write(row, last=step == self.cfg.batch.max_train_steps or stop.agreed)
         self._show(row)
@@ -122,14 +130,29 @@ class Meter:
         append_row(self.folder / "metrics.jsonl", row)
         values = {name: value for name, value in row.items() if name != "step"}
         trackers.log(self.run, self.cfg, values, row["step"])
-        if last or time.perf_counter() - self.curve_drawn > 30:
-            trackers.attempt("curves.png", lambda: draw_curves(self.folder))
-            self.curve_drawn = time.perf_counter()
+        if time.perf_counter() - self.drawn > max(30, 50 * self.drawing_took):
+            self._draw()
+
+    def _note_training(self, name: str = "train") -> None:
+        if self.trained_seconds:
+            stages.add(name, self.trained_seconds, self.trained_samples, peak_memory_gib())
+        self.trained_seconds, self.trained_samples = 0.0, 0
+
+    def _draw(self) -> None:
+        """curves.png and report.html, kept current."""
+        began = time.perf_counter()
+        self._note_training()
+        trackers.attempt("curves.png", lambda: draw_curves(self.folder))
+        trackers.attempt(REPORT, lambda: write_report(self.folder))
+        self.drawn = time.perf_counter()
+        self.drawing_took = self.drawn - began
 
     def _show(self, row: dict[str, Any]) -> None:
         if self.bar is None:
             total, done = self.cfg.batch.max_train_steps, row["step"] - 1
-            self.bar = progress_bar(desc="train", total=total, initial=done, disable=not self.run.is_main)
+            self.bar = progress_bar(
+                desc="train", total=total, initial=done, unit="steps", disable=not self.run.is_main
+            )
         shown = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.1e}"}
         shown |= {"s": f"{row['seconds_per_step']:.2f}"}
         shown |= {"skipped": self.skipped_steps} if self.skipped_steps else {}
@@ -156,7 +179,7 @@ class Meter:
         if self.bar is not None:
             self.bar.close()
         if self.run.is_main and (self.folder / "metrics.jsonl").is_file():
-            trackers.attempt("curves.png", lambda: draw_curves(self.folder))
+            self._draw()
         if self.run.benchmark:
             print_benchmark(self.run, self.cfg)
             return False
@@ -164,6 +187,7 @@ class Meter:
             self.run.print(f"stopped at step {step}: {stop.reason}")
         elif step < self.cfg.batch.max_train_steps:
             self.run.print(
+                f"\n{table_of_stages()}\n\n"
                 f"stopped at step {step} as asked; go on with the same command and --resume_from_checkpoint latest"
             )
             return False
@@ -188,10 +212,17 @@ def print_next_steps(run: Run, cfg: Shared, look_at: Sequence[str], commands: Ma
     """The last words of a run. look_at: what is in output_dir; commands: what for -> a script of the recipe with its
     arguments, {run} standing for output_dir."""
     folder, recipe = cfg.run.output_dir, run.recipe_dir
-    words = ["\ndone. Look at", *(f"  {folder}/{name}" for name in look_at)]
-    for purpose, command in commands.items():
-        words += [f"{purpose}:", f"  {sys.executable} {recipe / command.replace('{run}', folder)}"]
-    run.print("\n".join([*words, "train your own:", f"  bash {recipe / 'run.sh'} full --train_data_dir /data/mine"]))
+    whole = {
+        what: f"{sys.executable} {recipe / command.replace('{run}', folder)}" for what, command in commands.items()
+    }
+    words = [f"\n{table_of_stages()}", "\ndone. Look at", *(f"  {folder}/{name}" for name in (REPORT, *look_at))]
+    whole["train your own"] = f"bash {recipe / 'run.sh'} full --train_data_dir /data/mine"
+    for purpose, command in whole.items():
+        words += [f"{purpose}:", f"  {command}"]
+    run.print("\n".join(words))
+    if run.is_main:
+        write_atomically(Path(folder) / "next_steps.json", json.dumps(whole, indent=1) + "\n")
+        trackers.attempt(REPORT, lambda: write_report(Path(folder)))
 
 
 def matmul_ceiling(device: torch.device, gpu_dtype: torch.dtype = torch.bfloat16) -> float:
@@ -208,15 +239,6 @@ def matmul_ceiling(device: torch.device, gpu_dtype: torch.dtype = torch.bfloat16
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(seconds[2:])
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """GiB in use at most so far: on a GPU what torch allocated, on a CPU the process's largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def print_benchmark(run: Run, cfg: Shared) -> None:

@@ -13,7 +13,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from common.model.streaming import bind, repeated_blocks
-from common.processes import Run, on_main, stop
+from common.processes import Run, device_name, on_main, stop
+from common.progress import stages
 from common.record import trackers
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
@@ -40,6 +41,7 @@ def set_up(
     backwards: of a micro-batch, each a micro-step of the loop. find_unused_parameters: False where every parameter
     that trains gets a gradient in every backward, and DDP need not search.
     """
+    stages.begin()
     resolve_paths(cfg, recipe_dir, argv)
     _handle_signals()
     if cfg.run.memory_limit_gib and torch.cuda.is_available():
@@ -78,6 +80,9 @@ def set_up(
     run.resume = on_main(run, find_checkpoint, cfg.run.output_dir, cfg.run.resume_from_checkpoint)
     asked = cfg.run.resume_from_checkpoint
     on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, False, asked)
+    run.print(
+        f"{recipe_dir.name}: {run.launch} on {run.world_size} x {device_name()}, results in {cfg.run.output_dir}"
+    )
     return run
 
 
