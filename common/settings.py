@@ -167,11 +167,14 @@ class FullTuning:
     """keep the inputs of checkpointed and of streamed blocks in pinned main memory until their backward"""
     export_model: bool = True
     """write the trained weights to export/ at the end"""
+    export_steps: int = 0
+    """steps between exports to export/step_...; 0 writes none before the end"""
 
     def check(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is a share from 0 to under 1, got {self.ema_decay}; use 0.999, say, or 0")
         at_least(self, -1, "stream_blocks")
+        at_least(self, 0, "export_steps")
 
 
 @dataclass
@@ -187,6 +190,7 @@ class AdapterTuning:
     stream_blocks: ClassVar[int] = 0
     offload_activations: ClassVar[bool] = False
     export_model: ClassVar[bool] = True
+    export_steps: ClassVar[int] = 0
 
 
 @dataclass

@@ -140,7 +140,7 @@ def test_the_loop_is_the_same_text_everywhere():
         "while step < cfg.batch.max_train_steps",
         "compute_loss(",
         "accelerator.backward(loss)",
-        "checkpoint.save(",
+        "checkpoint.save_if_due(",
         "validate(",
     ):
         assert line in first

@@ -21,7 +21,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names, self.parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
         with at_home(model):
             self.shadow = [local_tensor(p).detach().float().clone() for p in self.parameters]
         self.chunks = list(_chunks([tensor.numel() for tensor in self.shadow]))

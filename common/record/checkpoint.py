@@ -5,7 +5,6 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import nn
@@ -13,13 +12,16 @@ from torch import nn
 from common import rules
 from common.data.order import MicroBatchSampler
 from common.model.ema import Ema
-from common.model.export import SHARD_BYTES, write_shards
+from common.model.export import SHARD_BYTES, export_trained, write_shards
 from common.model.loading import safetensors_reader
 from common.model.streaming import at_home
 from common.processes import DiskFull, Run
-from common.record import integrity, nvme
+from common.progress import stage
+from common.record import fsdp2, integrity, nvme
 from common.record.folder import STATE_FILE, list_checkpoints, read_state
+from common.record.saved_weights import AVERAGED_NAMES
 from common.settings import Shared
+from common.step import steps
 
 
 @dataclass
@@ -68,6 +70,25 @@ def changed_settings(before: dict, cfg: Shared) -> str:
     return ", ".join(changed) or "none"
 
 
+def save_if_due(
+    run: Run,
+    cfg: Shared,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    sampler: MicroBatchSampler,
+    state: State,
+    step: int,
+) -> None:
+    """A checkpoint every checkpointing_steps and at the end, when the run was asked to stop too, and an export every
+    export_steps."""
+    last_step = step if run.stop_requested() else cfg.batch.max_train_steps
+    if steps.is_due(step, cfg.run.checkpointing_steps, last_step):
+        save(run, cfg, model, optimizer, ema, sampler, state, step)
+    if cfg.tuning.export_steps and step % cfg.tuning.export_steps == 0:
+        export_trained(run, cfg, model, ema, state.config, step)
+
+
 def save(
     run: Run,
     cfg: Shared,
@@ -100,6 +121,7 @@ def save(
     run.print(f"saved {folder}")
 
 
+@stage("save")
 def save_checkpoint(
     run: Run,
     output_dir: str | Path,
@@ -128,7 +150,7 @@ def save_checkpoint(
         if nvme.uses_nvme(model):
             torch.save(nvme.state_beside(model.optimizer), partial / f"nvme_rank{run.rank}.pt")
     elif run.strategy == "fsdp2":
-        _save_fsdp2(run, partial, model, optimizer)
+        fsdp2.save(run, partial, model, optimizer, has_frozen(model))
     elif run.is_main:
         with at_home(run.unwrap(model)):
             weights = trained_state(run.unwrap(model))
@@ -140,8 +162,11 @@ def save_checkpoint(
         torch.save(run.accelerator.scaler.state_dict(), partial / "scaler.pt")
     if ema is not None and (run.sharded or run.is_main):
         torch.save(ema.shadow, partial / f"ema_rank{run.rank}.pt")
+        files = {**files, AVERAGED_NAMES: json.dumps(ema.names, indent=0)}
     if run.is_main:
-        state = {"step": step, "launch": run.launch, "strategy": run.strategy, "world_size": run.world_size, **state}
+        kind = {"launch": run.launch, "strategy": run.strategy, "world_size": run.world_size}
+        kind |= {"recipe": run.recipe_dir.name, "frozen": has_frozen(run.unwrap(model))}
+        state = {"step": step, **kind, **state}
         for name, text in {**files, STATE_FILE: json.dumps(state, indent=1)}.items():
             (partial / name).write_text(text)
     run.barrier()
@@ -183,7 +208,7 @@ def load_checkpoint(
     if run.strategy.startswith("zero"):
         _load_deepspeed(run, folder, model)
     elif run.strategy == "fsdp2":
-        _load_fsdp2(run, folder, model, optimizer)
+        fsdp2.load(run, folder, model, optimizer, has_frozen(model))
     else:
         with at_home(run.unwrap(model)):
             _load_replicated(run.unwrap(model), folder / "model")
@@ -231,66 +256,6 @@ def _load_deepspeed(run: Run, folder: Path, engine: nn.Module) -> None:
     nvme.before_load(engine.optimizer)
     engine.load_checkpoint(str(folder), tag="deepspeed")
     nvme.after_load(engine.optimizer, torch.load(folder / f"nvme_rank{run.rank}.pt", map_location="cpu"))
-
-
-def _save_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """torch's distributed checkpoint, which another number of processes can read.
-
-    Quantised optimizer state goes to one file a rank.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        get_optimizer_state_dict,
-    )
-
-    trained_only = StateDictOptions(ignore_frozen_params=has_frozen(model))
-    dcp.save(get_model_state_dict(model, options=trained_only), checkpoint_id=folder / "model")
-    if _is_quantised(optimizer):
-        torch.save(_local_state(optimizer), folder / f"optimizer_rank{run.rank}.pt")
-    else:
-        dcp.save(get_optimizer_state_dict(model, _bare(optimizer)), checkpoint_id=folder / "optimizer")
-
-
-def _load_fsdp2(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    frozen = has_frozen(model)
-    weights = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=frozen))
-    dcp.load(weights, checkpoint_id=folder / "model")
-    set_model_state_dict(model, weights, options=StateDictOptions(strict=not frozen))
-    if (folder / "optimizer").is_dir():
-        moments = get_optimizer_state_dict(model, _bare(optimizer))
-        # parameters that never got a gradient (a last block's text branch) have no saved moments
-        dcp.load(moments, checkpoint_id=folder / "optimizer", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
-        set_optimizer_state_dict(model, _bare(optimizer), moments)
-    else:
-        _bare(optimizer).load_state_dict(torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu"))
-
-
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _is_quantised(optimizer: torch.optim.Optimizer) -> bool:
-    return type(_bare(optimizer)).__module__.startswith("flashoptim")
-
-
-def _local_state(optimizer: torch.optim.Optimizer) -> dict:
-    """flashoptim's state dict with this rank's local tensors: it would wrap them as DTensors for torch's distributed
-    checkpoint, which refuses uneven shards, and they are saved rank by rank here."""
-    bare = _bare(optimizer)
-    with mock.patch.object(type(bare), "_wrap_state_as_dtensor", staticmethod(lambda state, parameter: None)):
-        return bare.state_dict()
 
 
 def _family(state: dict) -> str:

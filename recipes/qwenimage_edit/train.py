@@ -432,9 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         meter.log(step, step_loss, learning_rate, grad_norm)
         if run.validates and steps.is_due(step, cfg.validation.validation_steps, cfg.batch.max_train_steps):
             validate(run, cfg, models, data, step)
-        last_step = step if run.stop_requested() else cfg.batch.max_train_steps
-        if steps.is_due(step, cfg.run.checkpointing_steps, last_step):
-            checkpoint.save(run, cfg, model, optimizer, models.ema, sampler, state, step)
+        checkpoint.save_if_due(run, cfg, model, optimizer, models.ema, sampler, state, step)
     # ---- end loop ----
 
     if meter.close(step):  # there is a result

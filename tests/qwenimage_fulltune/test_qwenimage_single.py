@@ -14,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import column, largest_difference, read_rows, run_command, run_main, weights
+from helpers import assert_equal_weights, column, largest_difference, read_rows, run_command, run_main, weights
 
+from common.export import export
 from common.model import loading
 from common.record import integrity
 from common.start import plan
@@ -27,10 +28,11 @@ from common.start.folders import part_config
 
 @pytest.fixture(scope="module")
 def straight(train, config, tmp_path_factory) -> Path:
-    """Eight steps with a checkpoint at the fourth, an average of the weights, validation at the start and the end, an
-    export."""
+    """Eight steps with a checkpoint at the fourth, an average of the weights, validation at the start and the end,
+    exports at every fourth step and at the end."""
     out = tmp_path_factory.mktemp("straight")
     flags = ["--max_train_steps", 8, "--checkpointing_steps", 4, "--ema_decay", 0.9, "--export_model"]
+    flags += ["--export_steps", 4]
     run_main(train, ["--config", config, "--output_dir", out, "--validation_steps", 8, *flags])
     return out
 
@@ -153,6 +155,18 @@ def test_export_opens_with_diffusers(straight, model_folder):
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a cross", height=64, width=96, num_inference_steps=2, true_cfg_scale=1.0).images[0]
     assert image.size == (96, 64)
+
+
+def test_exports_during_training(straight, tmp_path):
+    """Catches an export of another step's weights, or without the average; the checkpoint of that step gives the
+    same."""
+    assert {path.name for path in (straight / "export").iterdir()} == {"step_000004", "step_000008", "transformer"}
+    for step in (4, 8):
+        export(straight / f"checkpoint-{step}", tmp_path / str(step))
+        assert_equal_weights(weights(straight / f"export/step_{step:06d}/transformer"), weights(tmp_path / str(step)))
+        assert f"step {step}" in (straight / f"export/step_{step:06d}/transformer/README.md").read_text()
+    assert_equal_weights(weights(straight / "export/transformer"), weights(tmp_path / "8"))
+    assert any(not torch.equal(t, weights(tmp_path / "4")[name]) for name, t in weights(tmp_path / "8").items())
 
 
 @pytest.mark.slow

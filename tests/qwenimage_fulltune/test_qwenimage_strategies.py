@@ -33,7 +33,7 @@ from strategies import (
     needs_libaio,
 )
 
-from common import zero_to_bf16
+from common.export import export
 
 pytestmark = pytest.mark.slow
 
@@ -196,13 +196,26 @@ def test_resume_is_exact_zero3(runs, zero3_without_average):
     assert_same_continuation(zero3_without_average, runs.full("zero3"), SAVED)
 
 
-def test_zero_to_bf16_is_the_export(zero3_without_average, tmp_path):
+def test_a_zero3_checkpoint_without_average_is_the_export(zero3_without_average, tmp_path):
     """Catches a conversion with other names, shapes, padding or rounding than the export, and one of half the
     weights."""
-    zero_to_bf16.convert(zero3_without_average / f"checkpoint-{STEPS}", tmp_path, 80 * 10**9)
-    ours, theirs = weights(tmp_path), weights(zero3_without_average / "export/transformer")
+    export(zero3_without_average / f"checkpoint-{STEPS}", tmp_path / "out")
+    ours, theirs = weights(tmp_path / "out"), weights(zero3_without_average / "export/transformer")
     assert_equal_weights(ours, theirs)
-    QwenImageTransformer2DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_an_exported_checkpoint_is_the_runs_export(runs, strategy, tmp_path):
+    """Catches a checkpoint that is read wrongly without its processes: names, padding, the order of shards and of
+    averages, averaged and trained weights mistaken for each other."""
+    checkpoint = runs.full(strategy) / f"checkpoint-{STEPS}"
+    export(checkpoint, tmp_path / "average")
+    assert_equal_weights(weights(tmp_path / "average"), weights(runs.full(strategy) / "export/transformer"))
+    assert_opens(QwenImageTransformer2DModel, tmp_path / "average")
+    export(checkpoint, tmp_path / "last", weights="last")
+    trained = {n: t.bfloat16() for n, t in weights(runs.reference() / f"checkpoint-{STEPS}/model").items()}
+    assert_equal_within_bf16(weights(tmp_path / "last"), trained)
+    assert any(not torch.equal(t, weights(tmp_path / "average")[n]) for n, t in weights(tmp_path / "last").items())
 
 
 def test_fsdp2_goes_on_with_another_number_of_processes(runs):
