@@ -19,6 +19,7 @@ from typing import Literal
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import reference_images
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel

@@ -25,6 +25,7 @@ from statistics import fmean
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(next(folder for folder in HERE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import numpy as np
 import torch
 import yaml

@@ -20,6 +20,7 @@ from typing import Literal
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import layouts
 import torch
 from adapter import draw_embedded, gate_values, read_config, save_adapter, start_adapter

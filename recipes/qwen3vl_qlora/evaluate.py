@@ -19,6 +19,7 @@ from pathlib import Path
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 from answer_scoring import SCORES
 from qa_rows import SPLITS
 from two_way_evaluation import Evaluation, run_evaluation

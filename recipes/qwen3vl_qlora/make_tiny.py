@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(next(folder for folder in HERE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import faces
 import generate_data
 import generate_face_retention_pool as face_pool

@@ -18,6 +18,7 @@ from typing import Literal
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import adapters
 import edits
 import encoding

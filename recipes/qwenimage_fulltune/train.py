@@ -16,6 +16,7 @@ from pathlib import Path
 RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
+import common.quiet  # noqa: F401, isort: skip
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
