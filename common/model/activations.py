@@ -56,8 +56,8 @@ class Activations:
         if not self.on_cuda:
             home.copy_(tensor)
             return kept
+        self.down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.down):
-            self.down.wait_stream(torch.cuda.current_stream(self.device))
             if before is not None:
                 self.down.wait_event(before)
             home.copy_(tensor, non_blocking=True)
@@ -72,8 +72,8 @@ class Activations:
         if not self.on_cuda:
             kept.visit.copy_(kept.home)
             return
+        self.up.wait_stream(torch.cuda.current_stream(self.device))  # its memory may be another tensor's until now
         with torch.cuda.stream(self.up):
-            self.up.wait_stream(torch.cuda.current_stream(self.device))  # its memory may be another tensor's until now
             self.up.wait_event(kept.written)
             kept.visit.copy_(kept.home, non_blocking=True)
             kept.arrived = self.up.record_event()

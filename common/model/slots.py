@@ -81,18 +81,25 @@ def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 class Slots:
     """Groups of tensors at home in main memory, of which as many are on the device as there are slots.
 
-    groups: tensors whose shapes and dtypes are meant; their values are not copied. Group i visits slot i % n_slots.
+    groups: tensors whose shapes and dtypes are meant; their values are not copied. home: buffers that hold them
+    already, as layout() has it. Group i visits slot i % n_slots.
     Copies run on two streams of their own, up and down; events keep a slot from being
     filled while it is used or saved, and a group from being fetched before it is back. On a CPU there are no streams.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], n_slots: int, device: torch.device):
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        n_slots: int,
+        device: torch.device,
+        home: Sequence[Tensor] | None = None,
+    ):
         self.device, self.n_slots = device, n_slots
         self.on_cuda = device.type == "cuda"
         self.up, self.down = (torch.cuda.Stream(device) if self.on_cuda else None for _ in range(2))
         size = max(layout(group)[1] for group in groups)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(n_slots)]
-        self.home = [pinned(layout(group)[1], device) for group in groups]
+        self.home = home or [pinned(layout(group)[1], device) for group in groups]
         self.at_home = [views(home, group) for home, group in zip(self.home, groups, strict=True)]
         self.in_slot = [views(self.slots[i % n_slots], group) for i, group in enumerate(groups)]
         self.holds: list[int | None] = [None] * n_slots

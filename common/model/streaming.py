@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.model.slots import Holder, Slots, tensors_of
+from common.model.slots import Holder, Slots, layout, pinned, tensors_of, views
 from common.processes import Release
 
 N_SLOTS = 3  # one computes, one comes, one goes
@@ -99,7 +99,8 @@ class Streamer:
         visits = {p: view for (_, group), views in zip(blocks, self.weights.in_slot) for p, view in zip(group, views)}
         self.parameters = [replace_parameters(module, visits) for module in self.modules]
         self.state: Slots | None = None  # of the optimizer, as large as the weights
-        self.holders: list[list[Holder]] = []  # where the optimizer keeps it, by block
+        self.holders: dict[int, list[Holder]] = {}  # where the optimizer keeps it, by block
+        self.state_home: dict[int, Tensor] = {}  # bytes of main memory, by block
         self.optimizer: torch.optim.Optimizer | None = None
         self.gradient_release: Release | None = None
         self.current: tuple[int, bool] | None = None  # (block, whether in its backward) that computes now
@@ -182,16 +183,20 @@ class Streamer:
         """After a block's first update: its state, if it is large, goes to main memory at once, so that one block's
         at a time is on the GPU."""
         if self._is_large(index):
-            self.holders = self.holders or [[] for _ in self.modules]
-            self.holders[index] = self._state_of(index)
-            for holder in self.holders[index]:
-                holder.set(holder.get().cpu())
+            holders = self._state_of(index)
+            tensors = [holder.get() for holder in holders]
+            self.holders[index] = holders
+            self.state_home[index] = pinned(layout(tensors)[1], self.device)
+            for holder, place in zip(holders, views(self.state_home[index], tensors), strict=True):
+                place.copy_(holder.get())
+                holder.set(place)
 
     def _stream_state(self) -> None:
         """From now on the state that is in main memory visits slots of its own."""
-        self.state = Slots([[holder.get() for holder in group] for group in self.holders], N_SLOTS, self.device)
-        for holder, home, visit in self._state_places():
-            home.copy_(holder.get())
+        order = range(len(self.modules))
+        groups = [[holder.get() for holder in self.holders[index]] for index in order]
+        self.state = Slots(groups, N_SLOTS, self.device, [self.state_home[index] for index in order])
+        for holder, _, visit in self._state_places():
             holder.set(visit)
 
     def _catch_replaced_state(self, index: int) -> None:
@@ -204,7 +209,8 @@ class Streamer:
 
     def _state_places(self) -> Iterator[tuple[Holder, Tensor, Tensor]]:
         assert self.state is not None
-        return zip(chain(*self.holders), chain(*self.state.at_home), chain(*self.state.in_slot), strict=True)
+        holders = chain.from_iterable(self.holders[index] for index in range(len(self.modules)))
+        return zip(holders, chain(*self.state.at_home), chain(*self.state.in_slot), strict=True)
 
     # ---- all at home
 
@@ -238,7 +244,7 @@ class Streamer:
             for holder, _, visit in self._state_places():
                 holder.set(visit)
             return
-        self.state, self.holders = None, []
+        self.state, self.holders, self.state_home = None, {}, {}
         for index in range(len(self.modules)):
             if self._is_large(index):
                 self._send_state_home(index)
