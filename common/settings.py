@@ -37,8 +37,9 @@ class Run:
     """a checkpoint folder, or "latest" """
     logging_steps: int = 1
     """steps between rows of metrics.jsonl"""
-    report_to: Literal["none", "wandb", "tensorboard", "all"] = "none"
-    """tracker; wandb is offline when not logged in; metrics.jsonl and curves.png are always written"""
+    report_to: Literal["none", "wandb", "tensorboard", "trackio", "swanlab", "all"] = "none"
+    """tracker, or all that are installed; wandb and swanlab are offline when not logged in or not reached; report.html
+    is always written"""
     tracker_project_name: str = ""
     """project name at the tracker; the recipe folder's name when empty"""
     benchmark: bool = False

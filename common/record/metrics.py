@@ -129,7 +129,7 @@ class Meter:
             return
         append_row(self.folder / "metrics.jsonl", row)
         values = {name: value for name, value in row.items() if name != "step"}
-        trackers.log(self.run, self.cfg, values, row["step"])
+        trackers.log(values, row["step"])
         if time.perf_counter() - self.drawn > max(30, 50 * self.drawing_took):
             self._draw()
 
@@ -180,6 +180,7 @@ class Meter:
             self.bar.close()
         if self.run.is_main and (self.folder / "metrics.jsonl").is_file():
             self._draw()
+        trackers.end()
         if self.run.benchmark:
             print_benchmark(self.run, self.cfg)
             return False
@@ -202,7 +203,9 @@ def of_latents(latents: Tensor) -> dict[str, Any]:
 def log_validation(run: Run, cfg: Shared, step: int, loss: float | None, **more: float) -> None:
     """A row of validation.jsonl; None without held-out rows writes none."""
     if run.is_main and loss is not None:
-        append_row(Path(cfg.run.output_dir) / "validation.jsonl", {"step": step, "validation_loss": loss, **more})
+        row = {"validation_loss": loss, **more}
+        append_row(Path(cfg.run.output_dir) / "validation.jsonl", {"step": step, **row})
+        trackers.log({f"validation/{name}": value for name, value in row.items()}, step)
         said = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
         run.print(f"step {step}: held-out loss {loss:.4f}{said}")
     run.barrier()

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from common.processes import Run
+from common.record import trackers
 from common.record.folder import read_rows
 
 
@@ -75,6 +76,8 @@ def save_grid(run: Run, folder: Path, prompts: Sequence[str]) -> None:
     run.barrier()
     if run.is_main and prompts:
         draw_grid(folder, prompts)
+        files = [folder / f"{index:03d}.png" for index in range(len(prompts))]
+        trackers.log_pictures(files, prompts, int(folder.name.removeprefix("step_")))
 
 
 def draw_grid(folder: Path, prompts: Sequence[str], columns: int = 5, side: int = 256) -> None:

@@ -15,7 +15,6 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from common.model.streaming import bind, repeated_blocks
 from common.processes import Run, device_name, on_main, stop
 from common.progress import stages
-from common.record import trackers
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
 from common.start.folders import resolve_paths
@@ -152,8 +151,6 @@ def _make_accelerator(
         mixed_precision=cfg.precision.mixed_precision if uses_deepspeed or dtype == torch.float32 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_steps, sync_with_dataloader=False),
         kwargs_handlers=handlers,
-        log_with=trackers.named(cfg.run.report_to),
-        project_dir=cfg.run.output_dir,
     )
 
 

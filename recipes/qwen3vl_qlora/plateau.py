@@ -136,7 +136,7 @@ def record(run: Run, cfg: PlateauSettings, state: State, schedule: Schedule, row
         row |= {"train_loss": mean_train_loss(folder, schedule, step)} if step else {}
         append_row(folder / "validation.jsonl", row)
         numbers = {f"validation/{name}": value for name, value in row.items() if isinstance(value, float)}
-        trackers.log(run, cfg, numbers, step)
+        trackers.log(numbers, step)
         said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
         best = ", best so far" if step and schedule.best_step == step else ""
         run.print(f"step {step}: {said}; {schedule.decision or 'before training'}{best}")
