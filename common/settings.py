@@ -179,6 +179,38 @@ class FullTuning:
 
 
 @dataclass
+class Lora:
+    """Adapters on a frozen transformer, in place of training its own weights."""
+
+    lora_rank: int = 0
+    """rank of the LoRA adapters; 0, in recipes that can do without, trains the model's own weights"""
+    lora_alpha: int = 16
+    """an adapter's output is multiplied by lora_alpha / lora_rank"""
+    lora_dropout: float = 0.0
+    """dropout of the adapters' inputs"""
+    use_rslora: bool = False
+    """multiply by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)"""
+    lora_layers: tuple[str, ...] = (".attn.",)
+    """linear layers whose names contain one of these get adapters: ".attn." is attention's projections, "_blocks."
+    every linear layer of the blocks"""
+    lora_skip_layers: tuple[str, ...] = ()
+    """of those, layers whose names contain one of these get none"""
+    base_precision: Literal["bf16", "nf4"] = "bf16"
+    """what LoRA's frozen base is kept in: bf16 (float32 under mixed_precision no), or its blocks' linear layers in 4
+    bits (bitsandbytes, NF4 with double quantisation), about half a byte a parameter"""
+
+    def check(self) -> None:
+        at_least(self, 0, "lora_rank")
+        at_least(self, 1, "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a share from 0 to under 1, got {self.lora_dropout}; use 0.05, say")
+        if self.base_precision == "nf4" and not self.lora_rank:
+            raise ValueError(
+                "base_precision nf4 is for a frozen base, and lora_rank 0 trains its own weights; add --lora_rank 32"
+            )
+
+
+@dataclass
 class AdapterTuning:
     """How small adapters on a frozen base train."""
 
@@ -224,3 +256,9 @@ class Pictured(Shared, Protocol):
 
     pictures: Pictures
     drawing: Drawing
+
+
+class Adapted(Shared, Protocol):
+    """What common/ knows of a Config with LoRA."""
+
+    lora: Lora

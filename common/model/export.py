@@ -38,8 +38,10 @@ def export_trained(
     run: Run, cfg: Shared, model: nn.Module, ema: Ema | None, config: dict[str, Any], step: int = 0
 ) -> None:
     """export/transformer, which the model's from_pretrained reads, or export/lora, which a pipeline's
-    load_lora_weights reads, where adapters train; with a step in export/step_<step>. Averaged weights where they are
-    kept."""
+    load_lora_weights reads, where adapters train; with a step in export/step_<step>, without one where export_model
+    asks for it. Averaged weights where they are kept."""
+    if not (step or cfg.tuning.export_model):
+        return
     module, settings = run.unwrap(model), rules.flat(cfg)
     has_lora = any(".lora_A." in name for name, _ in module.named_parameters())
     folder = Path(cfg.run.output_dir) / "export" / (f"step_{step:06d}" if step else "")
@@ -63,19 +65,6 @@ def export_trained(
         write_card(partial, settings, step or cfg.batch.max_train_steps, run.recipe_dir.name)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
-    run.barrier()
-
-
-def export_transformer(
-    run: Run, output_dir: str | Path, model: nn.Module, ema: Ema | None, config: dict[str, Any]
-) -> None:
-    """export/transformer, averaged weights where they are kept: what the model's from_pretrained reads."""
-    folder = Path(output_dir) / "export" / "transformer"
-    if run.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    run.barrier()
-    with evaluating(model, ema):
-        export_weights(run, run.unwrap(model), folder, {"config.json": json.dumps(config, indent=2)})
     run.barrier()
 
 
@@ -103,7 +92,7 @@ def lora_settings(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str
         "peft_type": "LORA",
         "r": settings["lora_rank"],
         "lora_alpha": settings["lora_alpha"],
-        "lora_dropout": settings.get("lora_dropout", 0.0),
+        "lora_dropout": 0.0,  # with the run's, a pipeline that loads the file would drop out when it draws
         "use_rslora": settings.get("use_rslora", False),
         "target_modules": sorted({name.split(".lora_")[0] for name in names}),
     }

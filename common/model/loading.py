@@ -185,7 +185,16 @@ def load_weights(
             local.copy_(read(name, tuple(parameter.shape), slice(start, start + local.shape[0])))
         else:
             full = read(name, tuple(parameter.shape), slice(None)).to(device, dtype)
-        setattr(module, leaf, nn.Parameter(full, requires_grad=parameter.requires_grad))
+        setattr(module, leaf, filled(parameter, full, module))
+
+
+def filled(parameter: nn.Parameter, tensor: Tensor, module: nn.Module) -> nn.Parameter:
+    """A parameter of these values for the place of an empty one in a module; in 4 bits where that one is of
+    bitsandbytes' kind."""
+    if not hasattr(parameter, "quant_state"):
+        return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    settings = {name: getattr(parameter, name) for name in ("quant_type", "compress_statistics")}
+    return type(parameter)(tensor, requires_grad=False, module=module, **settings).to(tensor.device)
 
 
 def load_weights_zero3(

@@ -19,6 +19,7 @@ from common.step.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
 
 MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
 # a parameter
+NF4_BYTES = 0.55  # of 4 bits and their scales
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
 
 
@@ -30,8 +31,7 @@ def check_size(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: f
         if cfg.tuning.stream_blocks:
             check_streaming(run, cfg, model, activations_gib)
         else:
-            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-            check_memory(run, cfg, trained, activations_gib, frozen)
+            check_memory(run, cfg, model, activations_gib)
     check_disk(run, cfg, trained)
 
 
@@ -71,10 +71,11 @@ def gpu_gib(run: Run, cfg: Shared) -> float:
     return min(total, cfg.run.memory_limit_gib or total)
 
 
-def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float, frozen: int = 0) -> None:
+def check_memory(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
     """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
-    bytes a parameter. parameters: how many train; frozen: those beside them that only take 2 bytes."""
+    bytes a parameter, and the frozen weights beside them."""
     name = cfg.tuning.optimizer
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     per_parameter = BYTES_WITH_RELEASE[name] if cfg.tuning.gradient_release else BYTES_PER_PARAMETER[name]
     per_parameter += 6 if cfg.tuning.ema_decay else 0  # the average, and the trained weights while it is applied
     if run.offload:
@@ -82,19 +83,23 @@ def check_memory(run: Run, cfg: Shared, parameters: int, activations_gib: float,
     elif run.strategy == "zero2":
         per_parameter = 2 + (per_parameter - 2) / run.world_size
     shards = run.world_size if run.sharded else 1
-    frozen_bytes = 0 if run.offload and run.sharded else 2 * frozen
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen_bytes = sum(p.numel() * (NF4_BYTES if hasattr(p, "quant_state") else 2) for p in frozen)
+    frozen_bytes = 0 if run.offload and run.sharded else frozen_bytes
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
     need = (per_parameter * parameters + frozen_bytes) / shards / 2**30 + activations_gib
     have = gpu_gib(run, cfg)
     if need > have:
         raise ValueError(
             f"{name} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
-            f"for {(parameters + frozen) / 1e9:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
+            f"for {billions:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
         )
 
 
 MEMORY_LADDER = (
     "In this order, try: --gradient_checkpointing; --train_batch_size 1 with accumulation; "
     "--optimizer flash_adamw with LAUNCH=fsdp2 (7 bytes a parameter, shared by the GPUs); "
+    "LoRA in place of all weights: --lora_rank 32 --base_precision nf4 (0.55 bytes a parameter); "
     "--gradient_release (no accumulation, no clipping); one GPU: --optimizer adafactor --gradient_release (2 bytes), "
     "and --stream_blocks -1 with it (weights in main memory); "
     "LAUNCH=zero3_offload (GPU holds activations only, 16 bytes a parameter of RAM); "

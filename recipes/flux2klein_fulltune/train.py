@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from common import image_settings, rules, settings
 from common.data import cache, check, images, loader, manifest, order
 from common.data.cache import EmbeddingCache
-from common.model import export, loading
+from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
 from common.processes import Run
 from common.record import checkpoint, metrics, pictures
@@ -70,6 +70,7 @@ class Config:
     precision: settings.Flat[settings.Precision] = field(default_factory=settings.Precision)
     speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
     tuning: settings.Flat[settings.FullTuning] = field(default_factory=settings.FullTuning)
+    lora: settings.Flat[settings.Lora] = field(default_factory=settings.Lora)
     optim: settings.Flat[settings.Optim] = field(default_factory=settings.Optim)
     flow: settings.Flat[image_settings.FlowMatching] = field(default_factory=image_settings.FlowMatching)
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
@@ -396,12 +397,13 @@ def main(argv: list[str] | None = None) -> None:
     refuse_distilled(cfg, folder)
     weights = folders.weights_folder(cfg.tuning.transformer_path, folder)
     transformer = loading.empty_model(Flux2Transformer2DModel, folders.part_config(weights))
+    adapters.add(run, cfg, transformer)  # with --lora_rank
     plan.check_size(run, cfg, transformer, ACTIVATIONS_GIB)  # what does not fit is said before hours of encoding
     model_config = loading.config_of(transformer)
     data = loader.random_data(cfg, model_config, random_sample) if run.benchmark else prepare_data(cfg, run, folder)
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 
-    transformer = loading.load_model(run, cfg, transformer, weights)  # shard by shard; checkpointed, compiled
+    transformer = adapters.load(run, cfg, transformer, weights)  # shard by shard; checkpointed, compiled
     optimizer = optimizers.build_optimizer(run, transformer, cfg.tuning.optimizer, cfg.optim)
     model, optimizer = launch.prepare(run, transformer, optimizer, cfg.tuning.gradient_release)
     models = Models(
@@ -452,8 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- end loop ----
 
     if meter.close(step):  # there is a result
-        if cfg.tuning.export_model:
-            export.export_transformer(run, cfg.run.output_dir, model, models.ema, models.config)
+        export.export_trained(run, cfg, model, models.ema, models.config)
         metrics.print_next_steps(run, cfg, metrics.LOOK_AT, NEXT_STEPS)
     run.end()
 

@@ -54,9 +54,9 @@ class Settings:
     trainable_modules_low_learning_rate: tuple[str, ...] = ()
     """like trainable_modules: what trains too, at half the learning rate, where trainable_modules does not name it"""
     target_name: str = ""
-    """parts of names of the linear layers that get LoRA, joined by commas; the attention's projections when empty"""
+    """lora_layers, joined by commas; those when empty"""
     lora_skip_name: str = ""
-    """parts of names of layers that get no LoRA, joined by commas"""
+    """lora_skip_layers, joined by commas"""
     vae_path: str | None = None
     """another VAE: a folder with config.json, or a .safetensors file of weights for the model's own"""
     max_train_samples: int = 0
@@ -72,8 +72,12 @@ class Settings:
             raise ValueError(f"fix_sample_size is a height and a width of at least 16, got {self.fix_sample_size}")
 
 
-def apply(videox_fun: Settings, tuning: settings.FullTuning, flow: image_settings.FlowMatching) -> None:
+def apply(
+    videox_fun: Settings, tuning: settings.FullTuning, lora: settings.Lora, flow: image_settings.FlowMatching
+) -> None:
     """Settings that stand for others. ValueError where both are given and differ."""
+    lora.lora_layers = _parts(videox_fun.target_name) or lora.lora_layers
+    lora.lora_skip_layers = _parts(videox_fun.lora_skip_name) or lora.lora_skip_layers
     if videox_fun.use_8bit_adam:
         if tuning.optimizer not in ("adamw", "adamw_8bit"):
             raise ValueError(
@@ -91,6 +95,10 @@ def apply(videox_fun: Settings, tuning: settings.FullTuning, flow: image_setting
         )
     if scheme:
         flow.timestep_sampling, flow.loss_weighting = SCHEMES[scheme]
+
+
+def _parts(joined: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in joined.split(",") if part.strip())
 
 
 def flow_of(

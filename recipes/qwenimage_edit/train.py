@@ -5,7 +5,7 @@ or LoRA. Read it top to bottom.
     bash run.sh full --train_data_dir /data/mine          the real model, on the machine that configs/full.yaml names
 
 Order: Config, data, model, loss, validation, main with the loop. Beside it: edits.py (rows, sizes, what validation
-shows), encoding.py (latents and prompts, cached), video.py (frames), adapters.py (what trains, LoRA),
+shows), encoding.py (latents and prompts, cached), video.py (frames), trained_parts.py (what trains),
 from_videox_fun.py (its flags). The settings that all recipes share are in common/settings.py.
 """
 
@@ -19,17 +19,17 @@ RECIPE = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (folder / "common").is_dir()))]
 
 import common.quiet  # noqa: F401, isort: skip
-import adapters
 import edits
 import encoding
 import from_videox_fun
 import torch
+import trained_parts
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import Tensor
 
 from common import image_settings, rules, settings
 from common.data import loader, order
-from common.model import export, loading
+from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
 from common.processes import Run, on_main
 from common.record import checkpoint, metrics, pictures
@@ -53,10 +53,6 @@ class Config:
     """qwen_image_edit for Qwen-Image-Edit (one source); qwen_image_edit_plus for 2509 and 2511 (one or more)"""
     trainable_modules: tuple[str, ...] = (".",)
     """train the parameters whose names contain one of these: "." is everything, "attn" attention alone"""
-    lora_rank: int = 0
-    """rank of the LoRA adapters; 0, in recipes that can do without, trains the model's own weights"""
-    lora_alpha: int = 16
-    """an adapter's output is multiplied by lora_alpha / lora_rank"""
     image_sample_size: int = 1024
     """target area is image_sample_size squared; a multiple of 16 (32 rounds sizes as the pipelines do)"""
     enable_bucket: bool = True
@@ -86,6 +82,7 @@ class Config:
     precision: settings.Flat[settings.Precision] = field(default_factory=settings.Precision)
     speed: settings.Flat[settings.Speed] = field(default_factory=settings.Speed)
     tuning: settings.Flat[settings.FullTuning] = field(default_factory=settings.FullTuning)
+    lora: settings.Flat[settings.Lora] = field(default_factory=settings.Lora)
     optim: settings.Flat[settings.Optim] = field(default_factory=settings.Optim)
     flow: settings.Flat[image_settings.FlowMatching] = field(default_factory=image_settings.FlowMatching)
     validation: settings.Flat[settings.Validation] = field(default_factory=settings.Validation)
@@ -94,21 +91,21 @@ class Config:
 
     def check(self) -> None:
         rules.multiple_of(self, "image_sample_size", 16, "VAE 8 x packing 2")
-        rules.at_least(self, 1, "vae_mini_batch", "lora_alpha", "benchmark_prompt_tokens")
-        rules.at_least(self, 0, "lora_rank", "validation_epochs", "benchmark_sources")
-        from_videox_fun.apply(self.videox_fun, self.tuning, self.flow)
+        rules.at_least(self, 1, "vae_mini_batch", "benchmark_prompt_tokens")
+        rules.at_least(self, 0, "validation_epochs", "benchmark_sources")
+        from_videox_fun.apply(self.videox_fun, self.tuning, self.lora, self.flow)
         if self.random_hw_adapt and self.image_sample_size < edits.smallest_side(self):
             raise ValueError(
                 f"random_hw_adapt draws sizes from {edits.smallest_side(self)} to image_sample_size, which is "
                 f"{self.image_sample_size}; expected at least {edits.smallest_side(self)}"
             )
         low = self.videox_fun.trainable_modules_low_learning_rate
-        if self.lora_rank and (*self.trainable_modules, *low) != (".",):
+        if self.lora.lora_rank and (*self.trainable_modules, *low) != (".",):
             raise ValueError(
-                f"lora_rank {self.lora_rank} trains adapters alone, got trainable_modules "
+                f"lora_rank {self.lora.lora_rank} trains adapters alone, got trainable_modules "
                 f"{' '.join((*self.trainable_modules, *low))} too; drop one of them"
             )
-        if not self.lora_rank and (self.videox_fun.target_name or self.videox_fun.lora_skip_name):
+        if not self.lora.lora_rank and (self.videox_fun.target_name or self.videox_fun.lora_skip_name):
             raise ValueError("target_name and lora_skip_name are for LoRA; add --lora_rank 128 --lora_alpha 64, say")
         if self.data.train_data_dir == "":
             self.data.train_data_dir = "/"  # a manifest of absolute paths
@@ -191,26 +188,17 @@ class Models:
     scheduler_config: dict
     device: torch.device
     dtype: torch.dtype  # what the transformer computes in
-    trained_share: float = 1.0  # of the parameters
     ema: Ema | None = None
     vae: AutoencoderKLQwenImage | None = None  # for validation's pictures
 
 
-def choose_trained(cfg: Config, transformer: QwenImageTransformer2DModel) -> str:
+def choose_trained(run: Run, cfg: Config, transformer: QwenImageTransformer2DModel) -> None:
     """LoRA adapters or the model's own weights, all or some. Says which."""
-    if cfg.lora_rank:
-        names = cfg.videox_fun.target_name, cfg.videox_fun.lora_skip_name
-        return adapters.add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, *names)
-    low = cfg.videox_fun.trainable_modules_low_learning_rate
-    return adapters.train_matching(transformer, cfg.trainable_modules, low)
-
-
-def export_trained(run: Run, cfg: Config, models: Models) -> None:
-    """export/transformer, which QwenImageTransformer2DModel.from_pretrained reads, or export/lora."""
-    if cfg.lora_rank:
-        adapters.export_lora(run, cfg.run.output_dir, models.transformer, models.ema)
+    if cfg.lora.lora_rank:
+        adapters.add(run, cfg, transformer)
     else:
-        export.export_transformer(run, cfg.run.output_dir, models.transformer, models.ema, models.config)
+        low = cfg.videox_fun.trainable_modules_low_learning_rate
+        run.print(trained_parts.train_matching(transformer, cfg.trainable_modules, low))
 
 
 def forward_flops(config: dict, image_tokens: int, prompt_tokens: int) -> float:
@@ -300,7 +288,6 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     loss = (fm.loss_weights(sigma, cfg.flow.loss_weighting) * errors).mean()
     prompt_tokens = max(map(len, batch["prompt_embeds"]))
     flops = len(latents) * forward_flops(models.config, target_tokens + sum(source_tokens), prompt_tokens)
-    flops *= (2 + models.trained_share) / 3  # frozen weights have no gradients of their own
     return loss, metrics.of_latents(latents) | {"forward_flops": flops}
 
 
@@ -376,16 +363,16 @@ def main(argv: list[str] | None = None) -> None:
     folder = folders.model_folder(cfg, run, PARTS, RECIPE / "full_size")
     weights = folders.weights_folder(cfg.tuning.transformer_path, folder)
     transformer = loading.empty_model(QwenImageTransformer2DModel, folders.part_config(weights))
-    run.print(choose_trained(cfg, transformer))
+    choose_trained(run, cfg, transformer)
     plan.check_size(run, cfg, transformer, ACTIVATIONS_GIB)  # what does not fit is said before hours of encoding
-    model_config, trained_share = loading.config_of(transformer), adapters.trained_share(transformer)
+    model_config = loading.config_of(transformer)
     data = loader.random_data(cfg, model_config, random_sample) if run.benchmark else prepare_data(cfg, run, folder)
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 
-    read = adapters.reader(run, transformer, weights, cfg.run.seed)  # shard by shard; adapters begin
-    transformer = loading.load_model(run, cfg, transformer, weights, read=read, frozen_dtype=run.compute_dtype)
+    transformer = adapters.load(run, cfg, transformer, weights)  # shard by shard; checkpointed, compiled
     videox_fun = cfg.videox_fun
-    groups = adapters.rate_groups(transformer, cfg.trainable_modules, videox_fun.trainable_modules_low_learning_rate)
+    low = videox_fun.trainable_modules_low_learning_rate
+    groups = trained_parts.rate_groups(transformer, cfg.trainable_modules, low)
     optimizer = optimizers.build_optimizer(run, transformer, cfg.tuning.optimizer, cfg.optim, groups)
     model, optimizer = launch.prepare(run, transformer, optimizer, cfg.tuning.gradient_release)
     models = Models(
@@ -394,7 +381,6 @@ def main(argv: list[str] | None = None) -> None:
         scheduler_config=folders.part_config(folder / "scheduler"),
         device=run.device,
         dtype=run.compute_dtype,
-        trained_share=trained_share,
         ema=Ema.of(transformer, cfg.tuning.ema_decay),
         vae=encoding.load_vae(folder, run.device, run.compute_dtype, videox_fun.vae_path) if run.validates else None,
     )
@@ -437,8 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- end loop ----
 
     if meter.close(step):  # there is a result
-        if cfg.tuning.export_model:
-            export_trained(run, cfg, models)
+        export.export_trained(run, cfg, model, models.ema, models.config)
         metrics.print_next_steps(run, cfg, metrics.LOOK_AT, NEXT_STEPS)
     run.end()
 

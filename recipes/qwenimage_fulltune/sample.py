@@ -4,7 +4,7 @@
 
 --run reads the base model, resolution, sampling steps and guidance from the run's config.yaml; flags override them.
 Without --run, give --base (a model folder or hub name) and, to draw with trained weights, --transformer (an
-export/transformer folder).
+export/transformer folder) or --lora (an export/lora folder).
 """
 
 import argparse
@@ -20,8 +20,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="output_dir of a finished run")
     parser.add_argument("--base", help="model folder or hub name; the run's when not given")
     parser.add_argument(
-        "--transformer", type=Path, help="folder of transformer weights; RUN/export/transformer when not given"
+        "--transformer", type=Path, help="folder of transformer weights; RUN/export/transformer where the run has it"
     )
+    parser.add_argument("--lora", type=Path, help="folder of LoRA weights; RUN/export/lora where the run has it")
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument(
@@ -41,11 +42,15 @@ def main() -> None:
     base = args.base or run.get("pretrained_model_name_or_path")
     if base is None:
         parser.error("give --run, or --base")
-    weights = args.transformer or (args.run and args.run / "export" / "transformer")
+    exported = args.run / "export" if args.run else Path()
+    weights = args.transformer or (args.run and (exported / "transformer").is_dir() and exported / "transformer")
+    lora = args.lora or (args.run and (exported / "lora").is_dir() and exported / "lora")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     trained = {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
     pipeline = QwenImagePipeline.from_pretrained(base, dtype=dtype, **trained).to(device)
+    if lora:
+        pipeline.load_lora_weights(lora)
 
     side = run.get("resolution", 1024)
     for index, prompt in enumerate(args.prompt):

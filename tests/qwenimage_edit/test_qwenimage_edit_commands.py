@@ -113,7 +113,7 @@ def test_a_lora_line(published, model_folder, tmp_path, strategy):
     pipeline does not load."""
     output = published(strategy, tmp_path / "out", *LORA.split())
     assert "--use_peft_lora is skipped: adapters are always peft's" in output
-    assert "target_name: no linear layer is called img_mlp.0, img_mlp.2, txt_mlp.0, txt_mlp.2, there are" in output
+    assert "lora_layers: no linear layer is called img_mlp.0, img_mlp.2, txt_mlp.0, txt_mlp.2, there are" in output
     pipeline = QwenImageEditPlusPipeline.from_pretrained(model_folder)
     pipeline.load_lora_weights(tmp_path / "out/export/lora")
     adapted = {name for name, module in pipeline.transformer.named_modules() if hasattr(module, "lora_A")}
@@ -146,7 +146,8 @@ def test_flags_that_are_skipped_or_named_otherwise(train, capfd):
     cfg = parsed(train, [*argv, "--report_to", "all", "--lr_scheduler", "cosine_with_restarts"])
     said = capfd.readouterr().err
     assert all(f"{word} is skipped: " in said for word in SKIPPED.split() if word.startswith("--"))
-    assert (cfg.lora_rank, cfg.lora_alpha, cfg.tuning.ema_decay) == (4, 2, 0.9999)
+    assert (cfg.lora.lora_rank, cfg.lora.lora_alpha, cfg.tuning.ema_decay) == (4, 2, 0.9999)
+    assert (cfg.lora.lora_layers[-1], cfg.lora.lora_skip_layers) == ("txt_mlp.2", ("img_mod",))
     assert (cfg.run.report_to, cfg.optim.lr_scheduler) == ("all", "cosine_with_restarts")
     assert parsed(train, [*argv, "--ema_decay", 0.9]).tuning.ema_decay == 0.9
 

@@ -259,7 +259,7 @@ def test_lora_begins_as_the_base_and_only_adapters_train(lora, straight, model_f
 def test_lora_file_gives_the_trained_model(lora, model_folder, data_folder, number):
     """Catches names that diffusers does not know, a lost alpha (the scale would be another), averaged or untrained
     adapters: the unmodified pipeline with the file draws what the run's last validation showed."""
-    (file,) = (lora / "export/lora").iterdir()
+    (file,) = (lora / "export/lora").glob("*.safetensors")
     assert file.name == "pytorch_lora_weights.safetensors"
     saved, trained = load_file(file), weights(lora / f"checkpoint-{STEPS}/model")
     expected = {f"transformer.{name.replace('.default', '')}": tensor.bfloat16() for name, tensor in trained.items()}
