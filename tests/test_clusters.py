@@ -16,7 +16,7 @@ trap 'exit 75' USR1
 place="$MASTER_ADDR:$MASTER_PORT"
 echo "$NODE_RANK of $NNODES at $place launch ${LAUNCH-none}: $*" > "$out.partial" && mv "$out.partial" "$out"
 [[ $1 != broken ]] || exit 2
-while [[ $1 == endless ]]; do sleep 0.05; done
+for i in {1..600}; do [[ $1 != endless ]] || sleep 0.05; done
 """
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from common.data.manifest import Record
 from common.processes import Run, on_main
+from common.progress import stage
 
 
 def _read_header(path: Path) -> dict:
@@ -198,12 +199,13 @@ def encode_missing(run: Run, cache: EmbeddingCache, items: dict[str, Any], encod
 @contextmanager
 def filling(run: Run, cache: EmbeddingCache) -> Iterator[None]:
     """Around what adds this process's share to the cache."""
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-    cache.flush()
-    run.barrier()
-    cache.reload()
+    with stage("encode"):
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+        cache.flush()
+        run.barrier()
+        cache.reload()
 
 
 def folder_fingerprint(folder: Path) -> str:

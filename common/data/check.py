@@ -17,7 +17,8 @@ from PIL import Image
 from common.data.images import check_image
 from common.data.json_rows import short
 from common.data.manifest import Record, load_manifest, read_bytes
-from common.processes import Run, on_main, progress_bar
+from common.processes import Run, on_main
+from common.progress import progress_bar, stage
 from common.settings import Pictured
 
 
@@ -137,7 +138,8 @@ def check_records(
             records,
             chunksize=8,
         )
-        results = list(progress_bar(results, "check data", len(records), unit="row", disable=not progress))
+        with stage("check", len(records)):
+            results = list(progress_bar(results, "check data", len(records), unit="rows", disable=not progress))
     bad = [record for record in results if record.problem]
     good = [record for record in results if not record.problem]
     if bad and (on_bad_rows == "error" or not good):

@@ -21,6 +21,7 @@ from common.model.activations import Activations
 from common.model.sharding import shard
 from common.model.streaming import stream, streamers
 from common.processes import Run
+from common.progress import progress_bar, stage, stages
 from common.settings import Shared
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +34,7 @@ def empty_model(model_class: type[Model], config: dict) -> Model:
         return model_class.from_config(config)
 
 
+@stage("load")
 def load_model(
     run: Run,
     cfg: Shared,
@@ -46,7 +48,7 @@ def load_model(
     read: where not simply the tensors of the weights folder; frozen_dtype: of parameters that do not train, where it
     is another.
     """
-    read = read or weights_reader(run, weights, set(model.state_dict()), cfg.run.seed)
+    read = counted(run, model, read or weights_reader(run, weights, set(model.state_dict()), cfg.run.seed))
     if cfg.speed.compile:
         torch._dynamo.config.recompile_limit = 64  # training and validation, sizes and masks: each is a variant
         model.compile_repeated_blocks()
@@ -64,6 +66,22 @@ def load_model(
     else:
         load_weights(model, read, run.weights_dtype, weights_device(run), frozen_dtype)
     return model
+
+
+def counted(run: Run, model: nn.Module, read: Reader) -> Reader:
+    """The reader, with a progress bar: every parameter is read once."""
+    total = len(list(model.parameters()))
+    bar = progress_bar(desc="load", total=total, unit="tensors", disable=not run.is_main)
+
+    def counting(*arguments: Any) -> Tensor:
+        bar.update(1)
+        if stages.current:
+            stages.current["items"] += 1
+        if bar.n == total:
+            bar.close()
+        return read(*arguments)
+
+    return counting
 
 
 def checkpoint_blocks(run: Run, cfg: Shared, model: nn.Module) -> None:

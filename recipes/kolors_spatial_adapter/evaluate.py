@@ -34,9 +34,9 @@ from boxes import Box, show_boxes
 from diffusers import KolorsPipeline
 from layouts import read_layouts
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from common.data.order import make_buckets, nearest_bucket
+from common.progress import progress_bar
 from common.start import plan
 from tiny import shapes
 
@@ -187,7 +187,7 @@ def draw_all(
     folder.mkdir(parents=True, exist_ok=True)
     sizes = make_buckets(args.resolution)
     pictures = []
-    for number, row in enumerate(tqdm(rows, folder.name, unit="picture")):
+    for number, row in enumerate(progress_bar(rows, folder.name, unit="pictures")):
         width, height = nearest_bucket(row.get("width", 1), row.get("height", 1), sizes)
         picture = draw(
             pipeline,

@@ -41,11 +41,11 @@ sys.path[:0] = [str(HERE), str(REPOSITORY)]
 
 from boxes import show_boxes
 from PIL import Image
-from tqdm import tqdm
 
 from common.data.images import check_image, decode_image
 from common.data.json_rows import json_rows, short
 from common.data.manifest import inside_folder, read_file
+from common.progress import progress_bar
 from common.start import plan
 
 PROMPTS = {
@@ -442,7 +442,7 @@ def label(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], A
         with (
             open(paths[0], "a", encoding="utf-8") as layouts,
             open(paths[1], "a", encoding="utf-8") as rejected,
-            tqdm(total=len(rows), initial=len(rows) - len(left), desc="label", unit="row") as bar,
+            progress_bar(total=len(rows), initial=len(rows) - len(left), desc="label", unit="rows") as bar,
         ):
             for result in ask_actors(left, args, load_model):
                 write_result(result, layouts, rejected)

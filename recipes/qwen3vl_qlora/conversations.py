@@ -26,6 +26,7 @@ from common.data.json_rows import json_rows
 from common.data.loader import of_place
 from common.data.manifest import inside_folder, read_file
 from common.data.order import Place
+from common.progress import progress_bar, stage
 from common.record.folder import append_row
 
 IGNORE_INDEX = -100  # what cross_entropy leaves out
@@ -123,7 +124,9 @@ def load_rows(cfg: RowSettings, file: Path, processor: Qwen3VLProcessor) -> list
         there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
         raise ValueError(f"no file {file}; JSONL files in that folder: {there}; generate_data.py writes them")
     found = json_rows(file)
-    rows = [check_row(content, file.parent, where, processor, cfg.max_length) for content, _, where in found]
+    with stage("check", len(found)):
+        seen = progress_bar(found, f"check {file.name}", unit="rows")
+        rows = [check_row(content, file.parent, where, processor, cfg.max_length) for content, _, where in seen]
     if not rows:
         raise ValueError(f"{file} has zero rows; generate_data.py writes them")
     bad = [row for row in rows if row.problem]

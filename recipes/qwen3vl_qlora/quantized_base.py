@@ -7,6 +7,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import BitsAndBytesConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from common.progress import stage
 from common.start import folders
 
 
@@ -23,6 +24,7 @@ def find_base(name_or_path: str) -> Path:
     return folders.find_model(name_or_path, (".",))
 
 
+@stage("load")
 def load_base(
     folder: str | Path, dtype: torch.dtype, device_map: torch.device | str | int, quantization: str
 ) -> Qwen3VLForConditionalGeneration:

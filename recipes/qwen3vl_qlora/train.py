@@ -332,7 +332,7 @@ def measure(run: Run, models: Models, rows: Sequence[Row], batch_size: int) -> t
     total = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, tokens, right rows, rows
     by_length = sorted(range(len(rows)), key=lambda index: rows[index].length)
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for indices in run.share_of(batches):
+    for indices in run.progress(run.share_of(batches), "validate"):
         batch = collate([encode(rows[index], models.processor) for index in indices])
         logits, targets = answer_logits(model, batch, run.device)  # (B, K, V), (B, K)
         labelled = targets != IGNORE_INDEX

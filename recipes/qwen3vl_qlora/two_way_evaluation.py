@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLProcessor
 
 from common.data.images import decode_image
+from common.progress import progress_bar
 from common.start.launch import COMPUTE_DTYPES
 
 ENTITY_TASKS = ("forward", "reverse", "choice_description", "choice_image")
@@ -135,7 +136,7 @@ class VisionLanguageModel:
     def generate(self, rows: Sequence[dict]) -> list[str]:
         """Greedy answers, without special tokens."""
         said = []
-        for some in batches(rows, self.batch_size):
+        for some in progress_bar(list(batches(rows, self.batch_size)), "evaluate", unit="batches"):
             inputs = self.inputs(some, [()] * len(some))
             greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             with self.autocast():

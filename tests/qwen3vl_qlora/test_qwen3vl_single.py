@@ -136,6 +136,7 @@ def test_validation_is_without_dropout(train, config, model_folder, processor, d
     missing = model.load_adapter(tmp_path / "final", "default").missing_keys
     assert not [name for name in missing if "lora" in name]
     run = SimpleNamespace(world_size=1, device=torch.device("cpu"), unwrap=lambda model: model, share_of=list)
+    run.progress = lambda items, title: items
     models = train.Models(model.eval(), base.config, processor, State(0, [], "", {}))
     loss, _ = train.measure(run, models, train.load_all_rows(cfg, processor).task, 4)
     assert loss == pytest.approx(read_rows(tmp_path / "validation.jsonl")[-1]["validation_loss"], rel=1e-4)
