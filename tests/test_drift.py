@@ -475,7 +475,9 @@ def check_command(command: str) -> None:
         elif script.endswith("train.py"):
             known = {*settings_of(recipe), "help", "config"}
         else:
-            known = set(re.findall(r'add_argument\(\s*"--(\w+)"', (ROOT / script).read_text()))
+            text = (ROOT / script).read_text()
+            text += (ROOT / "common/start/drawing.py").read_text() if "drawing.add_flags" in text else ""
+            known = set(re.findall(r'add_argument\(\s*"--(\w+)"', text))
         flags = {re.sub("^no[-_]", "", word[2:].split("=")[0]) for word in given if word.startswith("--")}
         assert flags <= known, f"{flags - known} in: {command}"
         for launch in re.findall(r"\bLAUNCH=(\w+)", command):

@@ -1,11 +1,12 @@
-"""Draw pictures with what a run exported, through the unmodified Flux2KleinPipeline.
+"""Draw pictures with what a run trained, through the unmodified Flux2KleinPipeline.
 
     python sample.py --run OUTPUT_DIR --prompt "a red cross at the top, on a white background"
     python sample.py --run OUTPUT_DIR --prompt "the same house at night" --image house.png
+    python sample.py --checkpoint OUTPUT_DIR/checkpoint-2500 --prompt prompts.txt --seed 0 1 --compare
 
---run reads the base model, resolution, sampling steps and guidance from the run's config.yaml; flags override them.
-Without --run, give --base (a model folder or hub name) and, to draw with trained weights, --transformer (an
-export/transformer folder) or --lora (an export/lora folder).
+--run and --checkpoint read the base model, resolution, sampling steps and guidance from the run's settings; flags
+override them. Without either, give --base (a model folder or hub name) and, to draw with trained weights,
+--transformer or --lora. Prompts are encoded first, and the text encoder goes before the transformer comes.
 """
 
 import argparse
@@ -17,65 +18,64 @@ sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "comm
 
 import common.quiet  # noqa: F401, isort: skip
 import torch
-import yaml
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from PIL import Image
+from torch import Tensor
 
 from common.data.images import decode_image
+from common.start import drawing, plan
+from common.start.drawing import Asked, Picture
+
+
+def encode(asked: Asked) -> dict[str, Tensor]:
+    """{prompt: prompt_embeds (1, L, D)}, of the empty prompt too."""
+    pipeline = Flux2KleinPipeline.from_pretrained(asked.base, dtype=asked.dtype, transformer=None, vae=None)
+    drawing.place(pipeline, asked)
+    longest = asked.setting("max_sequence_length", 512)
+    with torch.no_grad():
+        return {
+            text: pipeline.encode_prompt(text, asked.device, max_sequence_length=longest)[0]
+            for text in [*asked.texts, ""]
+        }
+
+
+def load(asked: Asked, transformer: Path | None, lora: Path | None) -> Flux2KleinPipeline:
+    trained = {}
+    if transformer:
+        trained["transformer"] = Flux2Transformer2DModel.from_pretrained(transformer, dtype=asked.dtype)
+    pipeline = Flux2KleinPipeline.from_pretrained(
+        asked.base, dtype=asked.dtype, text_encoder=None, tokenizer=None, **trained
+    )
+    if lora:
+        pipeline.load_lora_weights(lora)
+    return pipeline
+
+
+def draw(asked: Asked, encoded: dict[str, Tensor], pipeline: Flux2KleinPipeline, picture: Picture) -> Image.Image:
+    return pipeline(
+        image=[decode_image(path.read_bytes()) for path in asked.args.image] or None,
+        prompt_embeds=encoded[picture.prompt],
+        negative_prompt_embeds=encoded[""],
+        guidance_scale=asked.setting("guidance_scale", 4.0),
+        width=picture.width,
+        height=picture.height,
+        num_inference_steps=asked.setting("num_inference_steps", 50),
+        generator=torch.Generator().manual_seed(picture.seed),
+    ).images[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="output_dir of a finished run")
-    parser.add_argument("--base", help="model folder or hub name; the run's when not given")
+    drawing.add_flags(parser)
     parser.add_argument(
-        "--transformer", type=Path, help="folder of transformer weights; RUN/export/transformer where the run has it"
+        "--image", nargs="+", type=Path, default=[], help="reference images for every prompt; the first one's size"
     )
-    parser.add_argument("--lora", type=Path, help="folder of LoRA weights; RUN/export/lora where the run has it")
-    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
-    parser.add_argument("--image", nargs="+", type=Path, default=[], help="reference images, used for every prompt")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sample.png"),
-        help="picture to write; -1, -2, ... are added for more prompts",
-    )
-    parser.add_argument("--width", type=int, help="pixels; the run's resolution, or the first reference's size")
-    parser.add_argument("--height", type=int, help="pixels; the run's resolution, or the first reference's size")
-    parser.add_argument("--num_inference_steps", type=int, help="sampling steps; the run's, or 50")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the run's, or 4.0")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    args = parser.parse_args()
-
-    run = yaml.safe_load((args.run / "config.yaml").read_text()) if args.run else {}
-    base = args.base or run.get("pretrained_model_name_or_path")
-    if base is None:
-        parser.error("give --run, or --base")
-    exported = args.run / "export" if args.run else Path()
-    weights = args.transformer or (args.run and (exported / "transformer").is_dir() and exported / "transformer")
-    lora = args.lora or (args.run and (exported / "lora").is_dir() and exported / "lora")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    trained = {"transformer": Flux2Transformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
-    pipeline = Flux2KleinPipeline.from_pretrained(base, dtype=dtype, **trained).to(device)
-    if lora:
-        pipeline.load_lora_weights(lora)
-
-    side = None if args.image else run.get("resolution", 1024)
-    for index, prompt in enumerate(args.prompt):
-        image = pipeline(
-            image=[decode_image(path.read_bytes()) for path in args.image] or None,
-            prompt=prompt,
-            max_sequence_length=run.get("max_sequence_length", 512),
-            guidance_scale=args.guidance_scale or run.get("guidance_scale", 4.0),
-            width=args.width or side,
-            height=args.height or side,
-            num_inference_steps=args.num_inference_steps or run.get("num_inference_steps", 50),
-            generator=torch.Generator().manual_seed(args.seed + index),
-        ).images[0]
-        path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{index + 1}")
-        image.save(path)
-        print(path)
+    asked = drawing.read(parser, side=None if "--image" in sys.argv else 1024)
+    encoded = encode(asked)
+    drawing.free(asked.device)
+    drawing.draw_all(asked, lambda *weights: load(asked, *weights), lambda *one: draw(asked, encoded, *one))
 
 
 if __name__ == "__main__":
-    main()
+    with plan.explained_errors(drawing.MEMORY_ADVICE):
+        main()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
 from edits import (
     CONDITION_PIXELS,
     EMPTY,
@@ -54,23 +54,10 @@ class Encoders:
             transformer=None,
         )
 
-    @torch.no_grad()
     def prompt(self, text: str, sources: list[Image.Image]) -> dict[str, Tensor]:
-        """prompt_embeds (L, D): the instruction and the sources in the pipeline's own template, at the size that the
-        pipeline gives the text encoder, its 64 template tokens dropped, unpadded."""
-        sizes = [
-            source_size(image.size, CONDITION_PIXELS[self.cfg.train_mode]) for image in sources
-        ]  # (width, height)
-        images = [
-            self.pipeline.image_processor.resize(image, height, width)
-            for image, (width, height) in zip(sources, sizes, strict=True)
-        ]
-        prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompt=[text],
-            image=images if self.cfg.train_mode == "qwen_image_edit_plus" else images[0],
-            device=self.device,
-        )
-        return {"prompt_embeds": prompt_embeds[0].cpu()}
+        """prompt_embeds (L, D) of an instruction with its sources."""
+        embeds = encode_prompt(self.pipeline, self.cfg.train_mode, text, sources, self.device)
+        return {"prompt_embeds": embeds[0].cpu()}
 
     def pixels(self, picture: Picture, train_data_dir: str) -> Tensor:
         """(3, H, W) in [-1, 1]: a target at its size, or a source as the pipeline gives it to the VAE."""
@@ -91,6 +78,22 @@ class Encoders:
         encoded = {"latents": (posterior.mode() - mean) / std}  # (N, 16, 1, H/8, W/8)
         encoded |= {"posterior_std": posterior.std / std} if moments else {}
         return [{name: values[index].cpu() for name, values in encoded.items()} for index in range(len(pixels))]
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipeline: DiffusionPipeline, train_mode: str, text: str, sources: list[Image.Image], device: torch.device
+) -> Tensor:
+    """(1, L, D): the instruction and the sources in the pipeline's own template, at the size that the pipeline gives
+    the text encoder, its 64 template tokens dropped, unpadded."""
+    sizes = [source_size(image.size, CONDITION_PIXELS[train_mode]) for image in sources]  # (width, height)
+    images = [
+        pipeline.image_processor.resize(image, height, width)
+        for image, (width, height) in zip(sources, sizes, strict=True)
+    ]
+    return pipeline.encode_prompt(
+        prompt=[text], image=images if train_mode == "qwen_image_edit_plus" else images[0], device=device
+    )[0]
 
 
 def load_vae(

@@ -1,11 +1,13 @@
-"""Edit pictures with what a run exported, through the unmodified QwenImageEditPipeline or QwenImageEditPlusPipeline.
+"""Edit pictures with what a run trained, through the unmodified QwenImageEditPipeline or QwenImageEditPlusPipeline.
 
     python sample.py --run OUTPUT_DIR --image house.png --prompt "make the roof green"
     python sample.py --run OUTPUT_DIR --image cat.png hat.png --prompt "put the hat on the cat"
+    python sample.py --checkpoint OUTPUT_DIR/checkpoint-2500 --image cat.png --prompt prompts.txt --seed 0 1 --compare
 
---run reads the base model, train mode, size, sampling steps and guidance from the run's config.yaml; flags override
-them. Without --run, give --base (a model folder or hub name), --train_mode and, to edit with trained weights,
---transformer (an export/transformer folder) or --lora (an export/lora folder).
+--run and --checkpoint read the base model, train mode, size, sampling steps and guidance from the run's settings;
+flags override them. Without either, give --base (a model folder or hub name), --train_mode and, to edit with trained
+weights, --transformer or --lora. Instructions are encoded with the pictures first, and the text encoder goes before
+the transformer comes.
 """
 
 import argparse
@@ -17,74 +19,76 @@ sys.path.insert(0, str(next(folder for folder in HERE.parents if (folder / "comm
 
 import common.quiet  # noqa: F401, isort: skip
 import torch
-import yaml
-from diffusers import QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from edits import EMPTY, PIPELINES
-from encoding import load_vae
+from encoding import encode_prompt, load_vae
+from PIL import Image
+from torch import Tensor
 
 from common.data.images import decode_image
+from common.start import drawing, plan
+from common.start.drawing import Asked, Picture
+
+
+def train_mode(asked: Asked) -> str:
+    return asked.setting("train_mode", "qwen_image_edit_plus")
+
+
+def encode(asked: Asked, images: list[Image.Image]) -> dict[str, Tensor]:
+    """{instruction: prompt_embeds (1, L, D)} with the pictures, of the negative prompt too."""
+    pipeline = PIPELINES[train_mode(asked)].from_pretrained(asked.base, dtype=asked.dtype, transformer=None, vae=None)
+    drawing.place(pipeline, asked)
+    texts = [*asked.texts, asked.args.negative_prompt]
+    return {text: encode_prompt(pipeline, train_mode(asked), text, images, asked.device) for text in texts}
+
+
+def load(asked: Asked, transformer: Path | None, lora: Path | None) -> DiffusionPipeline:
+    trained = {}
+    if transformer:
+        trained["transformer"] = QwenImageTransformer2DModel.from_pretrained(transformer, dtype=asked.dtype)
+    if vae_path := asked.setting("vae_path", None):
+        trained["vae"] = load_vae(asked.base, torch.device("cpu"), asked.dtype, vae_path)
+    pipeline = PIPELINES[train_mode(asked)].from_pretrained(
+        asked.base, dtype=asked.dtype, text_encoder=None, tokenizer=None, processor=None, **trained
+    )
+    if lora:
+        pipeline.load_lora_weights(lora)
+    return pipeline
+
+
+def draw(
+    asked: Asked, encoded: dict[str, Tensor], images: list[Image.Image], pipeline: DiffusionPipeline, picture: Picture
+) -> Image.Image:
+    prompt, negative = encoded[picture.prompt], encoded[asked.args.negative_prompt]
+    return pipeline(
+        image=images if train_mode(asked) == "qwen_image_edit_plus" else images[0],
+        prompt_embeds=prompt,
+        prompt_embeds_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
+        negative_prompt_embeds=negative,
+        negative_prompt_embeds_mask=torch.ones(negative.shape[:2], dtype=torch.long, device=negative.device),
+        true_cfg_scale=asked.setting("guidance_scale", 4.0),
+        width=picture.width,
+        height=picture.height,
+        num_inference_steps=asked.setting("num_inference_steps", 40),
+        generator=torch.Generator().manual_seed(picture.seed),
+    ).images[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="output_dir of a finished run")
-    parser.add_argument("--base", help="model folder or hub name; the run's when not given")
+    drawing.add_flags(parser)
     parser.add_argument("--train_mode", choices=PIPELINES, help="which pipeline; the run's, or qwen_image_edit_plus")
-    parser.add_argument(
-        "--transformer", type=Path, help="folder of transformer weights; RUN/export/transformer where the run has it"
-    )
-    parser.add_argument("--lora", type=Path, help="folder of LoRA weights; RUN/export/lora where the run has it")
-    parser.add_argument("--prompt", nargs="+", required=True, help="one or more instructions")
     parser.add_argument("--image", nargs="+", type=Path, required=True, help="source pictures, used for every prompt")
     parser.add_argument("--negative_prompt", default=EMPTY, help="what guidance leads away from")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sample.png"),
-        help="picture to write; -1, -2, ... are added for more prompts",
-    )
-    parser.add_argument("--width", type=int, help="pixels; as the pipeline chooses when not given, about 1024 x 1024")
-    parser.add_argument("--height", type=int, help="pixels; as the pipeline chooses when not given")
-    parser.add_argument("--num_inference_steps", type=int, help="sampling steps; the run's, or 40")
-    parser.add_argument("--guidance_scale", type=float, help="true_cfg_scale; the run's, or 4.0")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    args = parser.parse_args()
-
-    run = yaml.safe_load((args.run / "config.yaml").read_text()) if args.run else {}
-    base = args.base or run.get("pretrained_model_name_or_path")
-    if base is None:
-        parser.error("give --run, or --base")
-    mode = args.train_mode or run.get("train_mode", "qwen_image_edit_plus")
-    if mode == "qwen_image_edit" and len(args.image) > 1:
-        parser.error(f"{len(args.image)} pictures, and qwen_image_edit takes one; see --train_mode")
-    exported = args.run / "export" if args.run else Path()
-    weights = args.transformer or (args.run and (exported / "transformer").is_dir() and exported / "transformer")
-    lora = args.lora or (args.run and (exported / "lora").is_dir() and exported / "lora")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    trained = {"transformer": QwenImageTransformer2DModel.from_pretrained(weights, dtype=dtype)} if weights else {}
-    if run.get("vae_path"):
-        trained["vae"] = load_vae(base, torch.device("cpu"), dtype, run["vae_path"])
-    pipeline = PIPELINES[mode].from_pretrained(base, dtype=dtype, **trained).to(device)
-    if lora:
-        pipeline.load_lora_weights(lora)
-
-    images = [decode_image(path.read_bytes()) for path in args.image]
-    for index, prompt in enumerate(args.prompt):
-        image = pipeline(
-            image=images if mode == "qwen_image_edit_plus" else images[0],
-            prompt=prompt,
-            negative_prompt=args.negative_prompt,
-            true_cfg_scale=args.guidance_scale or run.get("guidance_scale", 4.0),
-            width=args.width,
-            height=args.height,
-            num_inference_steps=args.num_inference_steps or run.get("num_inference_steps", 40),
-            generator=torch.Generator().manual_seed(args.seed + index),
-        ).images[0]
-        path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{index + 1}")
-        image.save(path)
-        print(path)
+    asked = drawing.read(parser, side=None)  # the pipeline's choice: about 1024 x 1024, as the last picture is shaped
+    images = [decode_image(path.read_bytes()) for path in asked.args.image]
+    if train_mode(asked) == "qwen_image_edit" and len(images) > 1:
+        parser.error(f"{len(images)} pictures, and qwen_image_edit takes one; see --train_mode")
+    encoded = encode(asked, images)
+    drawing.free(asked.device)
+    drawing.draw_all(asked, lambda *weights: load(asked, *weights), lambda *one: draw(asked, encoded, images, *one))
 
 
 if __name__ == "__main__":
-    main()
+    with plan.explained_errors(drawing.MEMORY_ADVICE):
+        main()

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from helpers import column, largest_difference, read_rows, run_main, weights
+from helpers import assert_equal_weights, column, largest_difference, read_rows, run_main, weights
+from parity import picture
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
+from sampling import assert_same_picture, differ, sample
+
+from common.export import export
 
 STEPS = 6
 KEPT = ["--max_train_steps", STEPS, "--checkpointing_steps", 3, "--ema_decay", 0.9, "--export_model"]
@@ -276,6 +281,43 @@ def test_lora_file_gives_the_trained_model(lora, model_folder, data_folder, numb
     print(f"moved {moved:.2f}, file to validation {distance:.2f}")
     assert moved > 2 and distance < 0.1
     assert not (lora / "export/transformer").exists()
+
+
+def test_sample_draws_from_a_checkpoint(straight, lora, recipe, model_folder, tmp_path):
+    """Catches edits that are not the unmodified pipeline's with the checkpoint's weights, or with its adapters: a
+    picture that the instruction was not encoded with, a base under the name of the trained."""
+    sources = [picture(3, (96, 96)), picture(4, (128, 64))]
+    for number, source in enumerate(sources):
+        source.save(tmp_path / f"{number}.png")
+    flags = ["--prompt", "make it red", "--image", tmp_path / "0.png", tmp_path / "1.png", "--size", "128x128"]
+    flags += ["--num_inference_steps", 2, "--seed", 5]
+    asked = dict(width=128, height=128, num_inference_steps=2, true_cfg_scale=4.0, negative_prompt=" ")
+    drawn = {}
+    for name, run in (("straight", straight), ("lora", lora)):
+        out = sample(recipe, tmp_path / name, "--checkpoint", run / f"checkpoint-{STEPS}", *flags, "--compare")
+        pipeline = QwenImageEditPlusPipeline.from_pretrained(model_folder)
+        if name == "lora":
+            pipeline.load_lora_weights(run / "export/lora")
+        else:
+            trained = QwenImageTransformer2DModel.from_pretrained(run / "export/transformer")
+            pipeline.register_modules(transformer=trained)
+        image = pipeline(sources, "make it red", generator=torch.Generator().manual_seed(5), **asked).images[0]
+        assert_same_picture(out["drawn.png"], image)
+        assert differ(out["drawn.png"], out["drawn_before.png"])
+        drawn[name] = out
+    assert_same_picture(drawn["lora"]["drawn_before.png"], drawn["straight"]["drawn_before.png"])
+
+
+def test_a_lora_checkpoint_is_the_runs_export(lora, tmp_path):
+    """Catches adapters of a checkpoint that get other names, values or another scale than the run's own file."""
+    export(lora / f"checkpoint-{STEPS}", tmp_path)
+    assert_equal_weights(weights(tmp_path), weights(lora / "export/lora"))
+    described = []
+    for folder in (tmp_path, lora / "export/lora"):
+        with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as opened:
+            described.append(json.loads(opened.metadata()["lora_adapter_metadata"]))
+    for name in ("r", "lora_alpha", "use_rslora"):
+        assert described[0][f"transformer.{name}"] == described[1][f"transformer.{name}"], name
 
 
 # ---- users' mistakes

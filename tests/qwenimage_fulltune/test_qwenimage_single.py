@@ -1,6 +1,5 @@
 """Runs of one process, in this process: exact resume, a stop signal, batch equivalence, users' mistakes."""
 
-import contextlib
 import json
 import os
 import re
@@ -8,20 +7,18 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from helpers import assert_equal_weights, column, largest_difference, read_rows, run_command, run_main, weights
+from sampling import assert_same_picture, differ, sample
 
 from common.export import export
-from common.model import loading
 from common.record import integrity
 from common.start import plan
 from common.start.config import parse_recipe
-from common.start.folders import part_config
 
 # ---- resume and stop
 
@@ -169,6 +166,42 @@ def test_exports_during_training(straight, tmp_path):
     assert any(not torch.equal(t, weights(tmp_path / "4")[name]) for name, t in weights(tmp_path / "8").items())
 
 
+def test_sample_draws_from_a_checkpoint(straight, recipe, model_folder, tmp_path):
+    """Catches pictures that are not the unmodified pipeline's with the checkpoint's weights: another prompt, size,
+    seed, step or base; a comparison whose sides are mixed up; a prompt file that is drawn as a prompt."""
+    (tmp_path / "prompts.txt").write_text("a cross\na red circle\n")
+    flags = ["--prompt", tmp_path / "prompts.txt", "--size", "64x64", "96x64", "--num_inference_steps", 2]
+    drawn = sample(
+        recipe, tmp_path / "out", "--checkpoint", straight / "checkpoint-4", *flags, "--seed", 3, 7, "--compare"
+    )
+    numbers = range(1, 9)  # 2 prompts, 2 sizes, 2 seeds
+    names = {f"drawn-{number}{kind}.png" for number in numbers for kind in ("", "_before")}
+    assert drawn.keys() == names | {"drawn_grid.png"}
+    assert sorted(path.name for path in straight.iterdir() if path.name.startswith(".")) == []
+    base = QwenImagePipeline.from_pretrained(model_folder)
+    after = QwenImageTransformer2DModel.from_pretrained(straight / "export/step_000004/transformer")
+    trained = QwenImagePipeline.from_pretrained(model_folder, transformer=after)
+    for pipeline, name in ((base, "drawn-8_before.png"), (trained, "drawn-8.png")):
+        pipeline.set_progress_bar_config(disable=True)
+        asked = dict(negative_prompt="", true_cfg_scale=4.0, width=96, height=64, num_inference_steps=2)
+        image = pipeline("a red circle", generator=torch.Generator().manual_seed(8), **asked).images[0]
+        assert_same_picture(drawn[name], image)
+    assert differ(drawn["drawn-8_before.png"], drawn["drawn-8.png"]) and differ(
+        drawn["drawn-8.png"], drawn["drawn-7.png"]
+    )
+    assert differ(drawn["drawn-8.png"], drawn["drawn-4.png"])  # another prompt
+
+
+def test_sample_refusals(straight, recipe, tmp_path):
+    """Catches a size or a run that cannot be drawn, which ends in a traceback."""
+    with pytest.raises(ValueError, match="size '64' is none; expected width and height"):
+        sample(recipe, tmp_path, "--run", straight, "--prompt", "a", "--size", 64)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(straight / "config.yaml", tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"has no weights; draw from a checkpoint: --checkpoint .*/checkpoint-N"):
+        sample(recipe, tmp_path, "--run", tmp_path / "empty", "--prompt", "a")
+
+
 @pytest.mark.slow
 def test_validation_changes_nothing(train, config, straight, tmp_path):
     """Catches a validation that consumes randomness, leaves eval mode on, or leaves averaged weights in the model."""
@@ -256,25 +289,6 @@ def test_the_tracker_gets_the_metrics(train, config, tmp_path, monkeypatch):
     logged = [call.args[0] for call in run.log.call_args_list]
     assert [row["loss"] for row in logged] == list(column(tmp_path).values()) and "grad_norm" in logged[0]
     assert run.finish.called
-
-
-# ---- one card
-
-
-@pytest.mark.parametrize(("name", "fits"), [("debug", True), ("full_1gpu", True), ("bench", True), ("full", False)])
-def test_what_fits_a_card_of_80_gb(train, recipe, monkeypatch, name, fits):
-    """Catches a config whose header promises one card, and which the check before training refuses there."""
-    argv = ["--config", str(recipe / f"configs/{name}.yaml"), "--train_data_dir", "given"]
-    cfg = parse_recipe(train.Config, argv)
-    transformer = loading.empty_model(QwenImageTransformer2DModel, part_config(recipe / "full_size/transformer"))
-    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(20.43e9, rel=1e-3)
-    card = SimpleNamespace(total_memory=79.1 * 2**30)  # of an H100 80GB
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    one = dict(device=torch.device("cuda"), strategy="single", launch="single", offload=False, sharded=False)
-    run = SimpleNamespace(**one, world_size=1, is_main=False)
-    assert cfg.run.launch == ("single" if fits else "fsdp2") and cfg.speed.gradient_checkpointing
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"under single on 1 GPU.*needs about"):
-        plan.check_size(run, cfg, transformer, train.ACTIVATIONS_GIB)
 
 
 # ---- users' mistakes
