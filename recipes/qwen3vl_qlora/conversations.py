@@ -123,7 +123,7 @@ def load_rows(cfg: RowSettings, file: Path, processor: Qwen3VLProcessor) -> list
     if not file.is_file():
         there = ", ".join(sorted(path.name for path in file.parent.glob("*.jsonl"))) or "none"
         raise ValueError(f"no file {file}; JSONL files in that folder: {there}; generate_data.py writes them")
-    found = json_rows(file)
+    found = list(json_rows(file))
     with stage("check", len(found)):
         seen = progress_bar(found, f"check {file.name}", unit="rows")
         rows = [check_row(content, file.parent, where, processor, cfg.max_length) for content, _, where in seen]
