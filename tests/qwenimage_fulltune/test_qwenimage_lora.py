@@ -1,10 +1,16 @@
 """LoRA on a base in bf16 and in 4 bits: exact resume, the file in the unmodified pipeline, 4 bits against the whole
 base."""
 
+from types import SimpleNamespace
+
 import lora_runs
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from helpers import column, largest_difference
+
+from common.model import adapters, loading
+from common.start.folders import part_config
 
 pytestmark = pytest.mark.slow
 FLAGS = {"bf16": ["--use_rslora"], "nf4": ["--base_precision", "nf4", "--lora_dropout", 0.1]}
@@ -50,3 +56,28 @@ def test_resume_is_exact(runs, precision, train, config):
 def test_learned_on_4_bits_holds_on_the_whole_base(runs, train, config, tmp_path):
     """Catches adapters that only mend what 4 bits broke."""
     lora_runs.check_on_the_whole_base(train, config, runs["nf4"], tmp_path / "whole")
+
+
+def test_a_base_in_main_memory(runs, train, config, tmp_path):
+    """Catches adapters that stream with the blocks that they are in, or a base that does not come up."""
+    flags = ["--stream_blocks", -1, "--use_rslora", "--validation_steps", 0]
+    streamed = lora_runs.lora_run(train, config, tmp_path, *flags)
+    for name in ("loss", "grad_norm"):
+        assert largest_difference(column(streamed, name), column(runs["bf16"], name)) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "sentence"),
+    [
+        ({"strategy": "zero2", "launch": "zero2"}, {}, "base_precision nf4 is not possible under zero2.*LAUNCH="),
+        ({"sharded": True, "launch": "fsdp2"}, {}, "base_precision nf4 is not possible under fsdp2.*LAUNCH="),
+        ({}, {"stream_blocks": -1}, "base_precision nf4 stays on the GPU, got stream_blocks -1 too"),
+        ({}, {"lora_layers": "atn"}, r"lora_layers atn .* leaves no linear layer; expected .*attn\.to_q"),
+    ],
+)
+def test_mistakes(settings, model_folder, changes, flags, sentence):
+    """Catches 4-bit weights that a strategy would cut or flatten, and adapters on nothing."""
+    cfg = settings(lora_rank=4, base_precision="nf4", **flags)
+    model = loading.empty_model(QwenImageTransformer2DModel, part_config(model_folder / "transformer"))
+    with pytest.raises(ValueError, match=sentence):
+        adapters.add(SimpleNamespace(**{**vars(lora_runs.ONE_PROCESS), **changes}), cfg, model)
