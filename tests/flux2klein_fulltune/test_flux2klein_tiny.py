@@ -47,7 +47,14 @@ def test_held_out_loss_falls(tiny):
 def test_it_leaves_what_is_promised(tiny):
     """Catches a missing file, a step that was not logged, half a checkpoint."""
     out, _ = tiny
-    for name in ("config.yaml", "environment.json", "curves.png", "export/transformer/config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "stages.jsonl",
+        "report.html",
+        "curves.png",
+        "export/transformer/config.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     rows = read_rows(out)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 200

@@ -55,7 +55,14 @@ def test_a_shorter_tau_still_places(results):
 def test_it_leaves_what_is_promised(tiny, results):
     """Catches a missing file, a step that was not logged, half a checkpoint."""
     out, _ = tiny
-    for name in ("config.yaml", "environment.json", "curves.png", "export/adapter/config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "stages.jsonl",
+        "report.html",
+        "curves.png",
+        "export/adapter/config.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     for name in ("table.md", "sheet.png", "results.json"):
         assert (out / "evaluation" / name).stat().st_size > 0, name

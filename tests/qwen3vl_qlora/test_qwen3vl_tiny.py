@@ -42,8 +42,10 @@ def test_it_keeps_what_the_base_could(tiny):
 def test_it_leaves_what_is_promised(tiny):
     """Catches a missing file, or a step that was not logged."""
     out, done = tiny
-    names = "config.yaml environment.json curves.png training_history.json best/adapter_model.safetensors "
-    names += "final/adapter_model.safetensors evaluation/table.md evaluation/examples.jsonl"
+    names = "config.yaml environment.json stages.jsonl report.html curves.png training_history.json "
+    names += (
+        "best/adapter_model.safetensors final/adapter_model.safetensors evaluation/table.md evaluation/examples.jsonl"
+    )
     for name in names.split():
         assert (out / name).stat().st_size > 0, name
     for name in ("forward_reverse", "retention", "confusion", "answer_bias"):

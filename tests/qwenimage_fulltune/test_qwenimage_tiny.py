@@ -47,7 +47,14 @@ def test_held_out_loss_falls(tiny):
 def test_it_leaves_what_is_promised(tiny):
     """Catches a missing file, a metrics row without one of its keys, a step that was not logged."""
     out, _ = tiny
-    for name in ("config.yaml", "environment.json", "curves.png", "export/transformer/config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "stages.jsonl",
+        "report.html",
+        "curves.png",
+        "export/transformer/config.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     rows = read_rows(out)
     keys = """step loss learning_rate grad_norm latents_mean latents_std seconds_per_step samples_per_second mfu
@@ -62,8 +69,11 @@ def test_it_leaves_what_is_promised(tiny):
 def test_it_says_where_to_look_and_what_to_run_next(tiny):
     """Catches a run that ends without a word about its result."""
     out, done = tiny
-    for words in (f"{out}/validation_images", f"{out}/curves.png", "sample.py", "--train_data_dir"):
-        assert words in done.output[-1500:], words
+    for words in (f"{out}/validation_images", f"{out}/report.html", "sample.py", "--train_data_dir", "items/s"):
+        assert words in done.output[-2000:], words
+    names = ["check", "encode", "load", "validate", "train", "save", "export"]  # in the order of their first rows
+    assert list(dict.fromkeys(row["stage"] for row in read_rows(out / "stages.jsonl"))) == names
+    assert "\r" not in done.output and len(done.output.splitlines()) < 60, "a log file is no place for bars"
 
 
 def test_golden_losses(tiny, recipe):
