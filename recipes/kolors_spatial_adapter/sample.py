@@ -3,9 +3,9 @@
     python sample.py --run OUTPUT_DIR --prompt "a red circle and a blue square, on a white background" \\
         --objects '[{"phrase": "red circle", "bbox": [0.1, 0.1, 0.4, 0.4]}]'
 
-bbox is [x1, y1, x2, y2], shares of width and height; --objects may also be a file with that list. --run reads the base
-model, resolution, sampling steps and guidance from the run's config.yaml; flags override them. Without --run, give
---base (a model folder or hub name) and --adapter (an export/adapter folder, or a checkpoint).
+bbox is [x1, y1, x2, y2], shares of width and height; --objects may also be a file with that list. --run and
+--checkpoint read the base model, resolution, sampling steps and guidance from the run's settings; flags override
+them. Without either, give --base (a model folder or hub name) and --adapter (an export/adapter folder).
 """
 
 import argparse
@@ -23,12 +23,16 @@ from adapter import draw, load_adapter
 from boxes import check_objects, show_boxes
 from diffusers import KolorsPipeline
 
+from common.record.folder import read_state
 from common.start import plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="output_dir of a finished run")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a run's checkpoint-N (LAUNCH=single or ddp), instead of --run"
+    )
     parser.add_argument("--base", help="model folder or hub name; the run's when not given")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter; RUN/export/adapter when not given")
     parser.add_argument("--prompt", required=True, help="the caption")
@@ -44,15 +48,16 @@ def main() -> None:
     args = parser.parse_args()
 
     run = yaml.safe_load((args.run / "config.yaml").read_text()) if args.run else {}
+    run = read_state(args.checkpoint)["config"] if args.checkpoint else run
     base = args.base or run.get("pretrained_model_name_or_path")
     if base is None:
-        parser.error("give --run, or --base")
+        parser.error("give --run, --checkpoint, or --base")
     objects = json.loads(args.objects if args.objects.lstrip().startswith("[") else Path(args.objects).read_text())
     check_objects(objects)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = KolorsPipeline.from_pretrained(base, dtype=dtype).to(device)
-    folder = args.adapter or (args.run and args.run / "export" / "adapter")
+    folder = args.adapter or args.checkpoint or (args.run and args.run / "export" / "adapter")
     adapter = load_adapter(folder, pipeline.unet) if folder else None
 
     side = run.get("resolution", 1024)

@@ -7,6 +7,7 @@ import torch
 from helpers import column, largest_difference, load_script, read_rows, run_main
 from PIL import Image
 from safetensors.torch import load_file
+from sampling import assert_same_picture, differ, sample
 
 from common.start.config import parse_recipe
 
@@ -55,6 +56,18 @@ def test_checkpoints_and_exports_are_adapters(straight, adapter_module, pipeline
         assert torch.equal(weight, same), name
     assert not torch.equal(earlier.grounding.mlp[0].weight, last.grounding.mlp[0].weight)
     assert all(value != 0 for value in adapter_module.gate_values(exported).values())
+
+
+@pytest.mark.slow
+def test_sample_draws_from_a_checkpoint(straight, recipe, tmp_path):
+    """Catches a checkpoint whose base, size or adapter are not found: it draws what the run's export draws."""
+    flags = ["--prompt", "a red circle", "--objects", '[{"phrase": "red circle", "bbox": [0.1, 0.1, 0.5, 0.5]}]']
+    checkpoints = [("--checkpoint", straight / f"checkpoint-{step}") for step in (STEPS, SAVED)]
+    drawn = [
+        sample(recipe, tmp_path / str(n), *of, *flags) for n, of in enumerate([("--run", straight), *checkpoints])
+    ]
+    assert_same_picture(drawn[0]["drawn.png"], drawn[1]["drawn.png"])
+    assert differ(drawn[0]["drawn.png"], drawn[2]["drawn.png"])
 
 
 @pytest.mark.slow
