@@ -1,8 +1,14 @@
-"""Images a second a core, decoded and resized, against a plain Pillow loop: `python tests/bench_data.py` prints it."""
+"""Images a second a core, decoded and resized, against a plain Pillow loop: `python tests/bench_data.py`.
+
+With a number of rows (`python tests/bench_data.py 1000000`): seconds and memory from the manifest to the first
+micro-batch, of so many rows that the cache of encodings knows, the first time and again.
+"""
 
 import io
 import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +21,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.data import check, images, loader, manifest, order
+from common.data import cache, check, images, json_rows, loader, manifest, order
 
 SIZES = ((1280, 960), (1024, 1024), (1000, 1500), (1600, 1200))  # 1 to 2 megapixels
 
@@ -85,6 +91,79 @@ def bench(resolution: int = 1024, n: int = 24, rounds: int = 5) -> dict:
     }
 
 
+# ---- many rows
+
+
+def make_rows(folder: Path, n: int) -> None:
+    """n rows, and as many names of 100 small pictures."""
+    source = folder / "source"
+    source.mkdir()
+    for number in range(100):
+        Image.effect_noise(SIZES[number % len(SIZES)], number + 1).resize((64, 48 + number % 32)).save(
+            source / f"{number}.jpg"
+        )
+    with open(folder / "train.jsonl", "w") as file:
+        for number in range(n):
+            name = Path("images", f"{number % 1000:03d}", f"{number:07d}.jpg")
+            if number < 1000:
+                (folder / name).parent.mkdir(parents=True)
+            os.link(source / f"{number % 100}.jpg", folder / name)
+            file.write(json.dumps({"file_path": str(name), "text": f"a drawn picture, number {number}"}) + "\n")
+
+
+def fill_cache(folder: Path) -> None:
+    """Encodings of all rows: one number each."""
+    embeddings = cache.EmbeddingCache(folder / "cache", {"model": "none"})
+    time.sleep(2)  # younger files are not trusted
+    known = embeddings.known_good()
+    records = check.check_records(manifest.load_manifest(folder), folder, known_good=known, progress=False)
+    for row, bucket in zip(records, order.choose_buckets(records, 1024, 16), strict=True):
+        embeddings.add(embeddings.key(row, bucket), {"latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)})
+    embeddings.flush()
+
+
+def start(folder: Path) -> None:
+    """What a recipe does before its first step, without the model; prints seconds by stage, and the memory at most."""
+    seconds, before = {}, time.perf_counter()
+    first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def done(stage: str) -> None:
+        nonlocal before
+        seconds[stage], before = round(time.perf_counter() - before, 1), time.perf_counter()
+
+    embeddings = cache.EmbeddingCache(folder / "cache", {"model": "none"})
+    done("open the cache")
+    with json_rows.many_objects():
+        records = manifest.load_manifest(folder)
+        done("read the manifest")
+        records = check.check_records(records, folder, known_good=embeddings.known_good(), progress=False)
+        train, held_out = check.hold_out(records, 8, 0)
+        done("check")
+    rows = train + held_out
+    buckets = order.choose_buckets(rows, 1024, 16)
+    done("buckets")
+    keys = [embeddings.key(row, bucket) for row, bucket in zip(rows, buckets, strict=True)]
+    assert embeddings.missing(keys) == []
+    done("look up")
+    order.data_digest(rows, buckets)
+    sampler = order.MicroBatchSampler(buckets, 4, 1, 0, 1, seed=0)
+    next(loader.make_loader(loader.CachedSamples(embeddings, keys), sampler, 0, seed=0))
+    done("first micro-batch")
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first) / 2**10
+    print(json.dumps({"rows": len(records), "seconds": seconds, "all": sum(seconds.values()), "MiB": round(memory)}))
+
+
+def bench_start(n: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        make_rows(Path(name), n)
+        for function in ("fill_cache", "start", "start"):  # each in a process of its own, for its memory
+            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_data; from pathlib "
+            code += f"import Path; bench_data.{function}(Path({name!r}))"
+            subprocess.run([sys.executable, "-c", code], check=True)
+
+
 if __name__ == "__main__":
-    for resolution in (1024, 512, 256):
+    for number in sys.argv[1:]:
+        bench_start(int(number))
+    for resolution in () if sys.argv[1:] else (1024, 512, 256):
         print(json.dumps(bench(resolution)))

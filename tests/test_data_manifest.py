@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from data_files import ROWS, png, write_lines, write_tar
 from PIL import Image
 
-from common.data import check, images, manifest
+from common.data import check, images, known_files, manifest
 
 # ---- manifests
 
@@ -216,15 +218,73 @@ def test_a_good_row_may_use_dots_and_inner_links(folder):
     assert len(check.check_records(manifest.load_manifest(folder), folder, progress=False)) == 2
 
 
-def test_known_good_is_not_decoded_again(folder, monkeypatch):
-    """Catches a check that decodes all pictures at every start."""
-    (folder / "train.json").write_text(json.dumps(ROWS))
-    records = expect_three(folder)
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """known(): what earlier starts knew. Files need not be two seconds old."""
+    monkeypatch.setattr(known_files, "SETTLED", -(10**12))
+    return lambda: known_files.KnownFiles(tmp_path / "known_files.npy")
+
+
+def test_known_files_are_not_read_again(folder, known, monkeypatch):
+    """Catches a start that reads or decodes what an earlier one has, and one that gets anything else for it: of
+    targets, sources, further columns and shards."""
+    rows = [
+        {**ROWS[0], "source_file_path": ["train/1.png", "train/2.png"], "mask": "train/2.png"},
+        ROWS[1] | {"mask": "train/0.png"},
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    write_tar(folder / "a.tar", {"0.png": png(size=(64, 32)), "0.txt": b"x", "0.source.png": png("lime")})
+    asked = [("train.json", ("mask",)), ("a.tar", ())]
+
+    def look() -> list:
+        found = []
+        for meta, columns in asked:
+            records = manifest.load_manifest(folder, meta)
+            found += check.check_records(records, folder, known_good=known(), progress=False, file_columns=columns)
+        return found
+
+    first = look()
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "read_bytes", lambda *_: pytest.fail("read"))
+        assert look() == first and len({record.digest for record in first}) == 3
+    records = manifest.load_manifest(folder, "a.tar")
+    with pytest.raises(ValueError, match="a decompression bomb"):  # known, but too large for this run
+        check.check_records(records, folder, known_good=known(), progress=False, max_pixels=2000)
+
+
+def test_files_that_changed_are_read_again(folder, known, monkeypatch):
+    """Catches a picture that was replaced by one of the same size and time, a source likewise, and a file that is
+    trusted although it may still be written to; what is only elsewhere is read, not decoded."""
+    (folder / "train.json").write_text(json.dumps([ROWS[0] | {"source_file_path": "train/1.png"}]))
+
+    def digest() -> str:
+        records = manifest.load_manifest(folder)
+        return check.check_records(records, folder, known_good=known(), progress=False)[0].digest
+
+    digests = [digest()]
+    for path, colour in (("train/0.png", "lime"), ("train/1.png", "black")):
+        before = (folder / path).stat()
+        content = png(colour).ljust(before.st_size, b"x")[: before.st_size]
+        (folder / path).write_bytes(content)
+        os.utime(folder / path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        digests.append(digest())
+    assert len(set(digests)) == 3
+    shutil.copy(folder / "train/0.png", folder / "copy")
+    (folder / "copy").replace(folder / "train/0.png")
     monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
-    again = check.check_records(
-        manifest.load_manifest(folder), folder, known_good={r.digest for r in records}, progress=False
-    )
-    assert again == records
+    assert digest() == digests[-1]
+    monkeypatch.setattr(known_files, "SETTLED", 10**12)
+    monkeypatch.setattr(check, "read_bytes", lambda *_: (_ for _ in ()).throw(OSError("read")))
+    with pytest.raises(ValueError, match="read"):
+        digest()
+
+
+def test_a_damaged_list_of_known_files_is_begun_anew(folder, known, capsys, tmp_path):
+    """Catches half a file that ends every start from then on."""
+    (tmp_path / "known_files.npy").write_bytes(b"half")
+    (folder / "train.json").write_text(json.dumps(ROWS))
+    check.check_records(manifest.load_manifest(folder), folder, known_good=known(), progress=False)
+    assert "cannot be read" in capsys.readouterr().out and len(known().entries) == 3
 
 
 def test_further_columns_of_pictures(folder):

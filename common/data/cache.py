@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.data.json_rows import many_objects
+from common.data.known_files import KnownFiles
 from common.data.manifest import Record
 from common.processes import Run, on_main
 from common.progress import stage
@@ -46,6 +48,22 @@ def _write_atomically(path: Path, write) -> None:
     os.replace(half, path)
 
 
+Entry = tuple[str, tuple[str, ...], int]  # shard, names of its tensors, bytes
+
+
+def _entries_of(shard: str, header: dict) -> dict[str, Entry]:
+    """{key: entry} of a shard's header; entries that are alike are one object, since there may be millions."""
+    found: dict[str, Entry] = {}
+    alike: dict[Entry, Entry] = {}
+    for name, tensor in header.items():
+        key, _, field = name.partition("/")
+        _, fields, size = found.get(key, (shard, (), 0))
+        start, end = tensor["data_offsets"]
+        entry = (shard, (*fields, field), size + end - start)
+        found[key] = alike.setdefault(entry, entry)
+    return found
+
+
 class EmbeddingCache:
     """Tensors by key, on disk. Each rank adds its share, flushes, and after a barrier every rank calls reload.
 
@@ -61,11 +79,8 @@ class EmbeddingCache:
         self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples are lists
         canonical = json.dumps(self.fingerprint, sort_keys=True).encode()
         self.fingerprint_id = hashlib.sha256(canonical).hexdigest()[:16]
-        self._digests: dict[
-            str, str
-        ] = {}  # key -> digest of the row's images, of keys asked for and of entries on disk
         self._buffer: dict[str, dict[str, torch.Tensor]] = {}
-        self._entries: dict[str, tuple[str, list[str], int]] = {}  # key -> its shard, names of its tensors, bytes
+        self._entries: dict[str, Entry] = {}  # key -> its shard, names of its tensors, bytes
         self._handles: dict[str, safe_open] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.reload()
@@ -94,26 +109,21 @@ class EmbeddingCache:
             assert row.digest, "a record has its digest only after check_records"
         kind, text, digest = ("row", row.text, row.digest) if isinstance(row, Record) else ("text", row, "")
         parts = [self.fingerprint_id, kind, text, digest, bucket, more]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-        self._digests[key] = digest
-        return key
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
+    @many_objects()
     def reload(self) -> None:
         """Look again at what is on the disk, for instance after the other ranks have flushed."""
         self._entries = {}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             try:
                 header = _read_header(path)
-                self._digests |= json.loads(header.pop("__metadata__", {}).get("digests", "{}"))
             except (OSError, ValueError) as error:
                 self._say(f"{path.name} cannot be read ({error}); its entries are encoded again")
                 continue
-            for name, tensor in header.items():
-                key, _, field = name.partition("/")
-                shard, fields, size = self._entries.get(key, (path.name, [], 0))
-                if shard == path.name:  # else two processes encoded the same row
-                    start, end = tensor["data_offsets"]
-                    self._entries[key] = (shard, [*fields, field], size + end - start)
+            header.pop("__metadata__", None)
+            for key, entry in _entries_of(path.name, header).items():
+                self._entries.setdefault(key, entry)  # two processes may have encoded the same row
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries or key in self._buffer
@@ -129,7 +139,7 @@ class EmbeddingCache:
         self._mention_unused([entry for key, entry in self._entries.items() if key not in wanted])
         return result
 
-    def _mention_unused(self, unused: list[tuple[str, list[str], int]]) -> None:
+    def _mention_unused(self, unused: list[Entry]) -> None:
         half_written = list(self.folder.glob("*.tmp"))
         if unused or half_written:
             size = sum(entry[2] for entry in unused) + sum(path.stat().st_size for path in half_written)
@@ -154,10 +164,9 @@ class EmbeddingCache:
             return
         name = f"shard-{self.fingerprint_id}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors"
         tensors = {f"{key}/{field}": value for key, entry in self._buffer.items() for field, value in entry.items()}
-        digests = json.dumps({key: digest for key in self._buffer if (digest := self._digests.get(key))})
-        _write_atomically(self.folder / name, lambda half: save_file(tensors, half, metadata={"digests": digests}))
+        _write_atomically(self.folder / name, lambda half: save_file(tensors, half))
         for key, entry in self._buffer.items():
-            self._entries[key] = (name, list(entry), sum(value.nbytes for value in entry.values()))
+            self._entries[key] = (name, tuple(entry), sum(value.nbytes for value in entry.values()))
         self._buffer = {}
 
     def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
@@ -171,9 +180,9 @@ class EmbeddingCache:
             self._handles[shard] = safe_open(self.folder / shard, framework="pt")
         return {field: self._handles[shard].get_tensor(f"{key}/{field}") for field in fields}
 
-    def known_good(self) -> set[str]:
-        """Digests of rows whose images were decoded for an entry on disk: check_records need not decode them again."""
-        return {digest for key in self._entries if (digest := self._digests.get(key))}
+    def known_good(self) -> KnownFiles:
+        """The files of the rows that were found good at earlier starts with this folder."""
+        return KnownFiles(self.folder / "known_files.npy")
 
 
 Item = tuple[Record | str, tuple[int, int] | None]  # a row at its bucket (width, height), or a text alone

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import MappingProxyType
@@ -15,17 +15,20 @@ import numpy as np
 from PIL import Image
 
 from common.data.images import check_image
-from common.data.json_rows import short
+from common.data.json_rows import many_objects, short
+from common.data.known_files import KnownFiles
 from common.data.manifest import Record, load_manifest, read_bytes
 from common.processes import Run, on_main
 from common.progress import progress_bar, stage
 from common.settings import Pictured
 
+NONE_KNOWN = KnownFiles()
+
 
 def load_records(
     cfg: Pictured,
     run: Run,
-    known_good: Collection[str],
+    known_good: KnownFiles,
     row_problem: Callable[[Record], str] = lambda record: "",
     **checks: Any,
 ) -> tuple[list[Record], list[Record]]:
@@ -34,8 +37,9 @@ def load_records(
 
     def load() -> tuple[list[Record], list[Record]]:
         columns = cfg.pictures.image_column, cfg.pictures.text_column
-        records = load_manifest(cfg.data.train_data_dir, cfg.data.train_data_meta, *columns)
-        return hold_out(check(cfg, records, known_good, row_problem, **checks), held_out, cfg.run.seed)
+        with many_objects():
+            records = load_manifest(cfg.data.train_data_dir, cfg.data.train_data_meta, *columns)
+            return hold_out(check(cfg, records, known_good, row_problem, **checks), held_out, cfg.run.seed)
 
     held_out = cfg.drawing.num_validation_samples
     return on_main(run, load)
@@ -44,12 +48,17 @@ def load_records(
 def check(
     cfg: Pictured,
     records: Sequence[Record],
-    known_good: Collection[str] = frozenset(),
+    known_good: KnownFiles = NONE_KNOWN,
     row_problem: Callable[[Record], str] = lambda record: "",
     **checks: Any,
 ) -> list[Record]:
     """The rows that this recipe can use; the others are a ValueError or left out, as on_bad_rows says."""
-    records = [r if r.problem else dataclasses.replace(r, problem=row_problem(r)) for r in records]
+    records = [
+        dataclasses.replace(record, problem=problem)
+        if not record.problem and (problem := row_problem(record))
+        else record
+        for record in records
+    ]
     return check_records(
         records, cfg.data.train_data_dir, cfg.data.on_bad_rows, cfg.run.output_dir, known_good, **checks
     )
@@ -58,7 +67,7 @@ def check(
 def _check(
     record: Record,
     train_data_dir: str | Path,
-    known_good: Collection[str],
+    known_good: KnownFiles,
     max_pixels: int,
     source_problem: Callable[[int, int], str],
     check: Callable[[bytes, bool, int], tuple[int, int]],
@@ -92,12 +101,34 @@ def _check(
     )
 
 
+def _recognised(
+    records: Sequence[Record],
+    train_data_dir: str | Path,
+    known_good: KnownFiles,
+    max_pixels: int,
+    source_problem: Callable[[int, int], str],
+    file_columns: Sequence[str],
+) -> Iterator[Record | None]:
+    """Each record as _check would return it, where its files are known and fit; None where they must be looked at."""
+    for start in range(0, len(records), 10_000):
+        part = records[start : start + 10_000]
+        for record, found in zip(part, known_good.find(part, train_data_dir, file_columns), strict=True):
+            digest, sizes = found or ("", [])
+            sources = tuple(sizes[1 : 1 + len(record.source_file_path)])
+            fits = all(width * height <= max_pixels for width, height in sizes)
+            if record.problem or not found or not fits or any(source_problem(*size) for size in sources):
+                yield None
+            else:
+                (width, height), *_ = sizes
+                yield dataclasses.replace(record, digest=digest, width=width, height=height, source_sizes=sources)
+
+
 def check_records(
     records: Sequence[Record],
     train_data_dir: str | Path,
     on_bad_rows: str = "error",
     output_dir: str | Path | None = None,
-    known_good: Collection[str] = frozenset(),
+    known_good: KnownFiles = NONE_KNOWN,
     progress: bool = True,
     max_pixels: int | None = None,
     types: Collection[str] = ("image",),
@@ -105,7 +136,8 @@ def check_records(
     checks: Mapping[str, Callable[[bytes, bool, int], tuple[int, int]]] = MappingProxyType({}),
     file_columns: Sequence[str] = (),
 ) -> list[Record]:
-    """The good records, in order, with digest and size; an image is decoded unless its digest is in known_good.
+    """The good records, in order, with digest and size. Files that known_good knows are not read; an image is decoded
+    unless its digest is in known_good.
 
     on_bad_rows "error": one ValueError names the first 20 bad rows; "skip": they go to output_dir/bad_rows.jsonl.
     types: of rows that this recipe can train on. max_pixels: of the largest image; None is Pillow's own warning limit,
@@ -123,9 +155,11 @@ def check_records(
     if on_bad_rows not in ("error", "skip"):
         raise ValueError(f"on_bad_rows is {on_bad_rows!r}; expected error or skip")
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
+    results = list(_recognised(records, train_data_dir, known_good, limit, source_problem, file_columns))
+    unknown = [record for record, found in zip(records, results, strict=True) if found is None]
     with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        results = pool.imap(
+        looked_at = pool.imap(
             lambda record: _check(
                 record,
                 train_data_dir,
@@ -135,11 +169,14 @@ def check_records(
                 checks.get(record.type, check_image),
                 file_columns,
             ),
-            records,
+            unknown,
             chunksize=8,
         )
         with stage("check", len(records)):
-            results = list(progress_bar(results, "check data", len(records), unit="rows", disable=not progress))
+            looked_at = list(progress_bar(looked_at, "check data", len(unknown), unit="rows", disable=not progress))
+    known_good.keep([record for record in looked_at if not record.problem], train_data_dir, file_columns)
+    in_order = iter(looked_at)
+    results = [next(in_order) if found is None else found for found in results]
     bad = [record for record in results if record.problem]
     good = [record for record in results if not record.problem]
     if bad and (on_bad_rows == "error" or not good):

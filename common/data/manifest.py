@@ -7,6 +7,7 @@ kept with it, for check.py to report.
 import dataclasses
 import os
 import stat
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,10 +22,11 @@ MANIFESTS = ("metadata.jsonl", "train.jsonl", "train.json", "metadata.json", "*.
 LARGEST_FILE = 2**29  # bytes of one picture or video
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 IMAGE_COLUMNS = ("file_path", "file_name", "image")  # found by themselves, the first wins
+NO_MORE: dict = {}  # one for all rows
 TEXT_COLUMNS = ("text", "caption", "prompt")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Record:
     """One row of a manifest: a target image, its caption and, for editing, its source images."""
 
@@ -38,10 +40,15 @@ class Record:
     width: int = 0  # pixels, after EXIF rotation
     height: int = 0
     source_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each source image
-    where: str = ""  # "train.jsonl line 7", for messages
+    manifest: str = ""  # "train.jsonl line"
     problem: str = ""  # what load_manifest found wrong with the row; check_records reports it
     # Target, then sources: ("tar", path, offset, size) or ("parquet", path, row, column); () for ordinary files.
     inside: tuple[tuple, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """train.jsonl line 7, for messages."""
+        return f"{self.manifest} {self.row}"
 
 
 def load_manifest(
@@ -80,7 +87,9 @@ def load_manifest(
             elif path.suffix == ".tar":
                 records += _tar_records(path, text_column)
             elif path.suffix in (".json", ".jsonl"):
-                records += [_record(*row, image_column, text_column) for row in json_rows(path)]
+                rows = json_rows(path)
+                kind = f"{path.name} {'row' if path.suffix == '.json' else 'line'}"
+                records += [_record(row, number, kind, image_column, text_column) for row, number, _ in rows]
             else:
                 raise ValueError("expected a .json, .jsonl, .parquet or uncompressed .tar file")
         except (ValueError, OSError, tarfile.TarError) as error:
@@ -100,13 +109,13 @@ def _column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> st
 
 
 def _record(
-    row: object, number: int, where: str, image_column: str | None, text_column: str | None, inside: tuple = ()
+    row: object, number: int, manifest: str, image_column: str | None, text_column: str | None, inside: tuple = ()
 ) -> Record:
     """A Record from one row; what is wrong with the row goes into its `problem`."""
     if not isinstance(row, dict):
         problem = str(row) if isinstance(row, ValueError) else f"got a {type(row).__name__}, expected an object"
-        return Record(number, "", "", where=where, problem=problem)
-    extra = dict(row)
+        return Record(number, "", "", manifest=manifest, problem=problem)
+    extra = dict(row)  # what is left of it
     path_key, text_column = _column(image_column, IMAGE_COLUMNS, row), _column(text_column, TEXT_COLUMNS, row)
     path, text, kind = extra.pop(path_key, None), extra.pop(text_column, None), extra.pop("type", None) or "image"
     sources = extra.pop("source_file_path", None) or []
@@ -122,7 +131,17 @@ def _record(
         problem = f"source_file_path is {short(sources)}, expected paths"
     sources = tuple(map(str, sources))
     path, text = str(path or ""), str(text or "")
-    return Record(number, path, text, sources, str(kind), extra, where=where, problem=problem, inside=inside)
+    return Record(
+        number,
+        path,
+        text,
+        sources,
+        sys.intern(str(kind)),
+        extra or NO_MORE,
+        manifest=manifest,
+        problem=problem,
+        inside=inside,
+    )
 
 
 def _by_number(name: str) -> tuple[int, str]:
@@ -160,7 +179,7 @@ def _parquet_records(path: Path, image_column: str | None, text_column: str | No
             row["source_file_path"] = sources or row.get("source_file_path")
         inside = tuple(("parquet", str(path), number, name) for name in images)
         row_column = "file_path" if images else image_column
-        yield _record(row, number, f"{path.name} row {number}", row_column, text_column, inside)
+        yield _record(row, number, f"{path.name} row", row_column, text_column, inside)
 
 
 def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
@@ -186,7 +205,7 @@ def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
         problem = row.get("error") if "" in images else ValueError(f"no image, expected one of {IMAGE_SUFFIXES}")
         row = problem if isinstance(problem, ValueError) else row
         inside = tuple(images[kind] for kind in kinds)
-        yield _record(row, number, f"{path.name} sample {number} ({key})", "file_path", text_column, inside)
+        yield _record(row, number, f"{path.name} sample", "file_path", text_column, inside)
 
 
 def _tar_columns(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, text_column: str) -> dict:
@@ -206,10 +225,36 @@ def _tar_columns(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, tex
 
 def inside_folder(folder: str | Path, path: str) -> Path:
     """The file `path` of `folder`; ValueError when it leads out of it (.., an absolute path, a symbolic link)."""
-    root, full = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
-    if os.path.commonpath([root, full]) != root:
+    return Path(_inside(str(folder), path))
+
+
+def _inside(folder: str, path: str) -> str:
+    parent, _, name = (path if path.startswith("/") else f"{folder}/{path}").rpartition("/")
+    full = _real(parent) + name
+    if name in ("", ".", "..") or os.path.islink(full):
+        full = os.path.realpath(full)
+    if not full.startswith(_real(folder)) and os.path.join(full, "") != _real(folder):
         raise ValueError("outside train_data_dir")
-    return Path(full)
+    return full
+
+
+@lru_cache(maxsize=2**14)
+def _real(folder: str) -> str:
+    """The folder's own path, with a slash behind it."""
+    return os.path.join(os.path.realpath(folder or "/"), "")
+
+
+def place_of(record: Record, train_data_dir: str | Path, which: int | str | None) -> tuple:
+    """(path, place in a tar) of what read_bytes would read; ValueError for parquet, whose rows must be read first."""
+    if isinstance(which, str):
+        return (_inside(str(train_data_dir), record.extra[which]),)
+    place = 0 if which is None else which + 1
+    if place < len(record.inside):
+        kind, *rest = record.inside[place]
+        if kind != "tar":
+            raise ValueError("a row of parquet")
+        return tuple(rest)
+    return (_inside(str(train_data_dir), record.file_path if which is None else record.source_file_path[which]),)
 
 
 def read_file(path: Path) -> bytes:
@@ -227,8 +272,7 @@ def _check_size(size: int) -> None:
 
 
 def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
-    """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names. Works
-    in threads and in loader workers."""
+    """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names."""
     if isinstance(which, str):
         return read_file(inside_folder(train_data_dir, str(record.extra[which])))
     place = 0 if which is None else which + 1

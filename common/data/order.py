@@ -42,7 +42,8 @@ def make_buckets(resolution: int, step: int = 32, max_aspect: float = 2.0) -> li
 def choose_buckets(records: Sequence[Record], resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
     """The (width, height) bucket of each checked record."""
     buckets = make_buckets(resolution, multiple)
-    return [nearest_bucket(record.width, record.height, buckets) for record in records]
+    of_size = {size: nearest_bucket(*size, buckets) for size in {(record.width, record.height) for record in records}}
+    return [of_size[record.width, record.height] for record in records]
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Sizes are PIL's (width, height).
 import hashlib
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from common import image_settings, settings
 from common.data.cache import EmbeddingCache
 from common.data.check import check, load_records
 from common.data.images import check_image, decode_image, resize_and_crop
+from common.data.known_files import KnownFiles
 from common.data.manifest import Record, load_image, load_manifest, read_bytes
 from common.data.order import MicroBatchSampler
 from common.processes import Run, on_main
@@ -183,7 +184,7 @@ class Rows:
         return [tuple(source_size(size) for size in record.source_sizes) for record in self.records]
 
 
-def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: Collection[str]) -> tuple[Rows, Rows]:
+def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: KnownFiles) -> tuple[Rows, Rows]:
     """Checked rows: those to train on, and those held out for the validation loss."""
     problem = partial(row_problem, train_mode=cfg.train_mode)
     train, held_out = load_records(cfg, run, known_good, row_problem=problem, **CHECKS)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import recipe_fixtures
 
+from common.data.known_files import KnownFiles
 from tiny import shapes
 
 SQUARE, WIDE = (256, 256), (384, 192)  # (width, height) of targets: two buckets at image_sample_size 256
@@ -57,7 +58,7 @@ def process() -> Callable[..., SimpleNamespace]:
 @pytest.fixture(scope="session")
 def load_rows(edits, process) -> Callable:
     """load_rows(cfg): rows to train on and held out, for a model whose tokens have 32 pixels a side."""
-    return lambda cfg: edits.load_rows(cfg, process(), 32, set())
+    return lambda cfg: edits.load_rows(cfg, process(), 32, KnownFiles())
 
 
 @pytest.fixture(scope="session")

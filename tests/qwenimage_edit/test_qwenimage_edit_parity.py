@@ -18,6 +18,7 @@ from parity import Spy, assert_same_call, call_of_loss, mixed, picture
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.data.known_files import KnownFiles
 from common.data.loader import collate
 from common.data.order import Place
 from common.step.flow_matching import (
@@ -91,7 +92,7 @@ def world_of(train, settings, make_tiny, write_model, fine_folder, folder, proce
         )
         run = process(dtype)
         cache = train.encoding.open_cache(cfg, run, model)
-        rows, _ = train.edits.load_rows(cfg, run, train.token_side(cfg, model), set())
+        rows, _ = train.edits.load_rows(cfg, run, train.token_side(cfg, model), KnownFiles())
         wanted = train.encoding.what_to_encode(cfg, cache, [(rows, set(rows.first_views(cfg)))], [])
         train.encoding.encode_missing(cfg, run, model, cache, wanted)
         # a schedule without shift and stretch, so that the pipeline can be told which sigma to use
