@@ -42,6 +42,12 @@ class Run:
     is always written"""
     tracker_project_name: str = ""
     """project name at the tracker; the recipe folder's name when empty"""
+    plan: bool = False
+    """say what the run needs of memory, disk and time, and which settings fit, and stop; needs no data and no model"""
+    gpus: str = ""
+    """the machine to plan for, 4x24 for four GPUs of 24 GB; this one when not given"""
+    ignore_plan: bool = False
+    """go on although the run needs more than this machine has, by count"""
     benchmark: bool = False
     """random weights and inputs of the full size: print throughput, MFU and memory, and stop"""
     memory_limit_gib: float = 0.0

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.processes import Run, on_main
@@ -26,11 +27,6 @@ def resolve_paths(cfg: Shared, recipe_dir: Path, argv: Sequence[str] | None = No
     if not cfg.run.output_dir:
         name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "default"
         cfg.run.output_dir = str(outputs / name)
-
-
-def model_folder(cfg: Shared, run: Run, parts: Sequence[str], full_size: Path) -> Path:
-    """The model's folder; for a benchmark the recipe's full_size/, which has config files without weights."""
-    return full_size if run.benchmark else on_main(run, find_model, cfg.pretrained_model_name_or_path, parts)
 
 
 def weights_folder(transformer_path: str | None, folder: Path) -> Path:
@@ -77,6 +73,18 @@ def find_model(name_or_path: str, parts: Sequence[str]) -> Path:
             f"{name_or_path!r} is no local folder and could not be downloaded ({error}); "
             "check the name, the network and `hf auth login`"
         ) from error
+
+
+def model_folder(
+    cfg: Shared, run: Run, parts: Sequence[str], full_size: Path, find: Callable[[str], Path] | None = None
+) -> Path:
+    """The model's folder; for a benchmark, and a plan of a model of the hub, the recipe's full_size/, which has config
+    files without weights (in a folder of its own for a model of another size). find: in place of find_model."""
+    name = cfg.pretrained_model_name_or_path
+    own = full_size / name.split("/")[-1]
+    if run.benchmark or (cfg.run.plan and not Path(name).is_dir()):
+        return own if own.is_dir() else full_size
+    return on_main(run, find or partial(find_model, parts=parts), name)
 
 
 def read_prompts(prompts: Sequence[str], usual_file: Path | None = None) -> list[str]:

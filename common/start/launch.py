@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -17,6 +18,7 @@ from common.processes import Run, device_name, on_main, stop
 from common.progress import stages
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
+from common.start import needs
 from common.start.folders import resolve_paths
 from common.step.optimizers import GradientRelease, check_optimizer
 
@@ -40,6 +42,8 @@ def set_up(
     backwards: of a micro-batch, each a micro-step of the loop. find_unused_parameters: False where every parameter
     that trains gets a gradient in every backward, and DDP need not search.
     """
+    if cfg.run.plan:
+        return planned(cfg, recipe_dir, argv, backwards)
     stages.begin()
     resolve_paths(cfg, recipe_dir, argv)
     _handle_signals()
@@ -83,6 +87,37 @@ def set_up(
         f"{recipe_dir.name}: {run.launch} on {run.world_size} x {device_name()}, results in {cfg.run.output_dir}"
     )
     return run
+
+
+def planned(cfg: Shared, recipe_dir: Path, argv: Sequence[str] | None, backwards: int) -> Run:
+    """The run that LAUNCH, or else the config's launch file, would start, for a plan: without processes, folders left
+    alone. Its processes are the GPUs asked about, or what WORLD_SIZE says."""
+    resolve_paths(cfg, recipe_dir, argv)
+    cfg.run.launch = os.environ.get("LAUNCH") or cfg.run.launch
+    if not cfg.run.gpus and not torch.cuda.is_available():
+        cfg.run.gpus = needs.promised(list(sys.argv[1:] if argv is None else argv))
+    layout, machine = needs.read_layout(recipe_dir, cfg.run.launch), needs.machine_of(cfg.run.gpus)
+    world_size = machine.gpus if machine else int(os.environ.get("WORLD_SIZE", 1))
+    if layout.strategy == "single" and world_size > 1:
+        layout, cfg.run.launch = needs.read_layout(recipe_dir, "ddp"), "ddp"
+    if layout.strategy == "ddp" and world_size == 1:
+        layout, cfg.run.launch = needs.read_layout(recipe_dir, "single"), "single"
+    _share_global_batch(cfg, world_size)
+    one = {"device": torch.device("cpu"), "process_index": 0, "num_processes": world_size, "is_main_process": True}
+    return Run(
+        accelerator=SimpleNamespace(**one),
+        strategy=layout.strategy,
+        launch=cfg.run.launch,
+        offload=layout.offload != "none",
+        recipe_dir=recipe_dir,
+        accumulation=cfg.batch.gradient_accumulation_steps * backwards,
+        compute_dtype=COMPUTE_DTYPES[cfg.precision.mixed_precision],
+        weights_dtype=torch.float32,
+        fsdp={},
+        benchmark=False,
+        validates=False,
+        resume=None,
+    )
 
 
 def _read_launch_file(recipe_dir: Path) -> tuple[dict[str, str], bool]:

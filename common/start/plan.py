@@ -1,99 +1,86 @@
-"""What a machine cannot hold, and what a user did wrong, said in one sentence before or instead of a traceback."""
+"""What a run will need, said before anything is loaded; and what a user did wrong, in one sentence instead of a
+traceback."""
 
 import contextlib
+import copy
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from common.model.streaming import N_SLOTS, blocks_to_stream, repeated_blocks
+from common.data.loader import RANDOM_ROWS, collate
 from common.processes import DiskFull, Run, stop
 from common.settings import Shared
-from common.step.optimizers import BYTES_PER_PARAMETER, BYTES_WITH_RELEASE
+from common.start import memory, needs, ways
+from common.start.needs import Layout, Size
 
 MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
-# a parameter
-NF4_BYTES = 0.55  # of 4 bits and their scales
-CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6, "flash_adamw": 6, "adafactor": 2}
+Trial = Callable[[Shared, Run, nn.Module, dict], Iterable[Tensor]]
 
 
-def check_size(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
-    """Say before data is encoded that a model does not fit the GPU, its streamed blocks main memory, its checkpoints
-    the disk. activations_gib: what the recipe measured for one sample with checkpointing."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if run.device.type == "cuda":
-        if cfg.tuning.stream_blocks:
-            check_streaming(run, cfg, model, activations_gib)
-        else:
-            check_memory(run, cfg, model, activations_gib)
-    check_disk(run, cfg, trained)
+def check_size(
+    run: Run, cfg: Shared, model: nn.Module, model_config: Any, random_sample: Callable, trial: Trial
+) -> None:
+    """Say what a run of a model without memory needs and whether it fits; with --plan that is all, and the program
+    ends. ValueError on a GPU that it does not fit, unless ignore_plan.
 
-
-def check_streaming(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
-    """Say what streaming takes of the GPU and of main memory; ValueError where that is not there, with the number of
-    blocks that would fit both."""
-    gpu, main = gpu_gib(run, cfg), psutil.virtual_memory().available / 2**30
-    blocks = len(repeated_blocks(model))
-    wanted = blocks if cfg.tuning.stream_blocks < 0 else min(cfg.tuning.stream_blocks, blocks)
-    needs = {n: streaming_gib(cfg, model, n) for n in range(1, blocks + 1)}
-    on_gpu, in_main = needs[wanted][0] + activations_gib, needs[wanted][1]
-    said = f"{wanted} of {blocks} blocks streamed: {in_main:.1f} GiB of main memory, {on_gpu:.1f} GiB on the GPU"
-    if on_gpu <= gpu and in_main <= main:
-        run.print(f"{said} for one sample (free: {main:.0f} and {gpu:.0f})")
+    random_sample, trial: the recipe's; trial(cfg, run, model, batch) gives the losses of a batch of random samples.
+    """
+    layout = Layout(run.strategy, "nvme" if "nvme" in run.launch else "cpu" if run.offload else "none")
+    here = needs.available()
+    if here is None and not cfg.run.plan:
         return
-    fit = [n for n, (g, m) in needs.items() if g + activations_gib <= gpu and m <= main]
-    nearest = min(fit, key=lambda n: abs(n - wanted), default=None)
-    way = f"use --stream_blocks {nearest}" if nearest else "no number of blocks fits both; use a larger machine"
-    raise ValueError(f"{said}, and there are {main:.0f} and {gpu:.0f}; {way}")
+    sample = random_sample(cfg, model_config, torch.Generator().manual_seed(RANDOM_ROWS))
+    size_with = ways.once(partial(traced_size, on_meta(run), cfg, model, sample, trial))
+    if cfg.run.plan:
+        machine = needs.machine_of(cfg.run.gpus) or here
+        ways.show(run, cfg, layout, machine, size_with, sample)
+        sys.exit(0)
+    assert here is not None
+    here.gib = min(here.gib, cfg.run.memory_limit_gib or here.gib)
+    here.gpus = run.world_size
+    said = ways.verdict(cfg, layout, here, size_with(cfg.speed.gradient_checkpointing))
+    check_disk(run, cfg, needs.checkpoint_gib(cfg, size_with(cfg.speed.gradient_checkpointing), layout))
+    if said and not cfg.run.ignore_plan:
+        table = ways.table(cfg, layout, here, size_with(cfg.speed.gradient_checkpointing))
+        run.print("\n".join(table))
+        way = ways.nearest(run, cfg, layout, here, size_with)
+        way = f"what fits: {ways.describe(way)}" if way else "nothing that was tried fits; use a larger machine"
+        raise ValueError(f"{said}; {way}; or go on with --ignore_plan")
 
 
-def streaming_gib(cfg: Shared, model: torch.nn.Module, wanted: int) -> tuple[float, float]:
-    """(GiB on the GPU, GiB pinned in main memory) of weights, gradients and optimizer state with `wanted` blocks
-    streamed."""
-    groups = [sum(p.numel() for p in parameters) for _, parameters in blocks_to_stream(model, wanted)]
-    trains = all(p.requires_grad for p in model.parameters())
-    per_parameter = BYTES_WITH_RELEASE[cfg.tuning.optimizer] if trains else 2
-    resident = sum(p.numel() for p in model.parameters()) - sum(groups)
-    on_gpu = per_parameter * (resident + N_SLOTS * max(groups)) + 2 * max(groups)  # and one block's gradients
-    averages = 4 if cfg.tuning.ema_decay else 0
-    return on_gpu / 2**30, (per_parameter + averages) * sum(groups) / 2**30
+def traced_size(run: Run, cfg: Shared, model: nn.Module, sample: dict, trial: Trial, checkpointing: bool) -> Size:
+    """A model's size and what a micro-batch takes of memory, with or without checkpointing."""
+    cfg = copy.deepcopy(cfg)
+    cfg.speed.gradient_checkpointing = checkpointing
+    batch_size = cfg.batch.train_batch_size
+    places = [{"step": 0, "position": index, "group_size": batch_size} for index in range(batch_size)]
+    batch = collate([sample | place for place in places])
+
+    def losses_of(model: nn.Module) -> Iterable[Tensor]:
+        if checkpointing and hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        return trial(cfg, run, model, batch)
+
+    traced = memory.trace(model, losses_of, run.compute_dtype, cfg.speed.compile)
+    return needs.size_of(model, traced, batch_size, run.compute_dtype.itemsize)
 
 
-def gpu_gib(run: Run, cfg: Shared) -> float:
-    """What torch may take of this process's GPU."""
-    total = torch.cuda.get_device_properties(run.device).total_memory / 2**30
-    return min(total, cfg.run.memory_limit_gib or total)
-
-
-def check_memory(run: Run, cfg: Shared, model: torch.nn.Module, activations_gib: float) -> None:
-    """Refuse, before minutes of loading, what cannot fit on the card: weights, gradients and states by the optimizer's
-    bytes a parameter, and the frozen weights beside them."""
-    name = cfg.tuning.optimizer
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_parameter = BYTES_WITH_RELEASE[name] if cfg.tuning.gradient_release else BYTES_PER_PARAMETER[name]
-    per_parameter += 6 if cfg.tuning.ema_decay else 0  # the average, and the trained weights while it is applied
-    if run.offload:
-        per_parameter = 2 if run.strategy == "zero2" else 0
-    elif run.strategy == "zero2":
-        per_parameter = 2 + (per_parameter - 2) / run.world_size
-    shards = run.world_size if run.sharded else 1
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    frozen_bytes = sum(p.numel() * (NF4_BYTES if hasattr(p, "quant_state") else 2) for p in frozen)
-    frozen_bytes = 0 if run.offload and run.sharded else frozen_bytes
-    billions = sum(p.numel() for p in model.parameters()) / 1e9
-    need = (per_parameter * parameters + frozen_bytes) / shards / 2**30 + activations_gib
-    have = gpu_gib(run, cfg)
-    if need > have:
-        raise ValueError(
-            f"{name} under {run.launch} on {run.world_size} GPU(s) needs about {need:.0f} GiB a GPU "
-            f"for {billions:.2f}B parameters, this one has {have:.0f}. {MEMORY_LADDER}"
-        )
+def on_meta(run: Run) -> Run:
+    """The run as one process on the meta device, where tensors have sizes only, which says nothing."""
+    quiet = {"device": torch.device("meta"), "process_index": 0, "num_processes": 1, "is_main_process": False}
+    return replace(run, accelerator=SimpleNamespace(**quiet))
 
 
 MEMORY_LADDER = (
@@ -145,17 +132,16 @@ def tell_run_sh(code: int) -> None:
         Path(file).write_text(str(code))
 
 
-def check_disk(run: Run, cfg: Shared, parameters: int) -> None:
-    """Say at the start, not at the first save, that the disk of output_dir will not hold what is saved."""
+def check_disk(run: Run, cfg: Shared, size: float) -> None:
+    """Say at the start, not at the first save, that the disk of output_dir will not hold what is saved. size: of a
+    checkpoint in GiB."""
     if not (run.is_main and cfg.run.checkpointing_steps):
         return
-    size = (CHECKPOINT_BYTES[cfg.tuning.optimizer] + (2 if run.strategy.startswith("zero") else 0)) * parameters
     copies = (cfg.run.checkpoints_total_limit or 1) + 1  # a new one is complete before the oldest goes
-    need = (copies * size + (2 * parameters if cfg.tuning.export_model else 0)) / 1e9
-    free = shutil.disk_usage(cfg.run.output_dir).free / 1e9
+    need, free = copies * size, shutil.disk_usage(cfg.run.output_dir).free / 2**30
     if need > free:
         run.print(
-            f"warning: {copies} checkpoints of {size / 1e9:.0f} GB and the export need about {need:.0f} GB, and "
-            f"{cfg.run.output_dir} has {free:.0f} GB free; take another --output_dir, a smaller "
-            "--checkpoints_total_limit or a larger --checkpointing_steps"
+            f"warning: {copies} checkpoints of {size:.0f} GiB need {need:.0f} GiB, and {cfg.run.output_dir} has "
+            f"{free:.0f} free; take another --output_dir, a smaller --checkpoints_total_limit or a larger "
+            "--checkpointing_steps"
         )

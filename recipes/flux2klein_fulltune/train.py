@@ -40,7 +40,6 @@ from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-ACTIVATIONS_GIB = 2.4  # of one 1024 x 1024 sample with checkpointing on an H100: 19.3 in use beside 16.9 of weights
 NEXT_STEPS = {"draw from the result": 'sample.py --run {run} --prompt "..."'}
 
 
@@ -321,6 +320,13 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     return loss, metrics.of_latents(latents) | {"forward_flops": flops}
 
 
+def trial(cfg: Config, run: Run, transformer: torch.nn.Module, batch: dict) -> list[Tensor]:
+    """The loss of a batch on a transformer without memory: what plan adds up."""
+    empty, scheduler = batch["prompt_embeds"][0].to("meta"), folders.part_config(RECIPE / "full_size" / "scheduler")
+    models = Models(transformer, loading.config_of(transformer), scheduler, empty, run.compute_dtype)
+    return [compute_loss(models, batch, cfg)[0]]
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -398,8 +404,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = folders.weights_folder(cfg.tuning.transformer_path, folder)
     transformer = loading.empty_model(Flux2Transformer2DModel, folders.part_config(weights))
     adapters.add(run, cfg, transformer)  # with --lora_rank
-    plan.check_size(run, cfg, transformer, ACTIVATIONS_GIB)  # what does not fit is said before hours of encoding
     model_config = loading.config_of(transformer)
+    plan.check_size(run, cfg, transformer, model_config, random_sample, trial)  # said before hours of encoding
     data = loader.random_data(cfg, model_config, random_sample) if run.benchmark else prepare_data(cfg, run, folder)
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 

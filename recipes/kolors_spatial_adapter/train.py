@@ -10,8 +10,9 @@ modes and their losses in modes.py, rows with boxes in layouts.py and boxes.py; 
 in common/settings.py.
 """
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -342,6 +343,18 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     return weight * loss, measured
 
 
+def trial(cfg: Config, run: Run, model: SpatialModel, batch: dict) -> Iterator[Tensor]:
+    """The losses of a batch, mode by mode, on a model without memory: what plan adds up."""
+    if cfg.speed.gradient_checkpointing:
+        checkpoint_activations(model.unet)
+    scheduler = folders.part_config(RECIPE / "full_size" / "scheduler")
+    empty = {name: batch[name][:1].to("meta") for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    flops = dict.fromkeys(MODES, 0.0)
+    models = Models(model, scheduler, noise_schedule(scheduler).to("meta"), empty, run.compute_dtype, flops)
+    for mode in cfg.mode_names():
+        yield compute_loss(models, {**batch, "mode": mode}, cfg)[0]
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -417,6 +430,8 @@ def main(argv: list[str] | None = None) -> None:
     scheduler_config = folders.part_config(folder / "scheduler")
     alphas_cumprod = noise_schedule(scheduler_config).to(run.device)  # what cannot train is said before the encoding
     unet = loading.empty_model(UNet2DConditionModel, folders.part_config(folder / "unet"))
+    empty = make_model(cfg, plan.on_meta(run), copy.deepcopy(unet), BENCHMARK_VOCABULARY)
+    plan.check_size(run, cfg, empty, loading.config_of(unet), random_sample, trial)  # said before the encoding
     if run.benchmark:
         data, vocabulary = loader.random_data(cfg, loading.config_of(unet), random_sample), BENCHMARK_VOCABULARY
     else:
@@ -424,7 +439,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 
     spatial_model = make_model(cfg, run, load_unet(cfg, run, unet, folder / "unet"), vocabulary)
-    plan.check_disk(run, cfg, sum(p.numel() for p in spatial_model.parameters() if p.requires_grad))
     optimizer = optimizers.build_optimizer(run, spatial_model, cfg.tuning.optimizer, cfg.optim)
     model, optimizer = launch.prepare(run, spatial_model, optimizer)
     models = Models(

@@ -59,12 +59,21 @@ def prepare_base(base: Qwen3VLForConditionalGeneration) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def empty_base(config: Qwen3VLConfig, dtype: torch.dtype, quantization: str) -> Qwen3VLForConditionalGeneration:
+    """A base without memory. With "nf4" the weights that load_base would keep in 4 bits have a quant_state."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head" and quantization == "nf4":
+            module.weight.quant_state = None
+    return model
+
+
 @torch.no_grad()
 def random_base(config: Qwen3VLConfig, dtype: torch.dtype, device: torch.device) -> Qwen3VLForConditionalGeneration:
     """A base in 4 bits with random weights of a config's size, as load_base would load it: built layer by layer, so
     that no more than one layer is ever there unquantised."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = empty_base(config, dtype, "none")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":

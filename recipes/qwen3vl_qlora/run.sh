@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # run.sh [CONFIG] [--flag value ...]   CONFIG: a name in configs/ or a path to a YAML; tiny when none is given
+# run.sh --list                        the configs: hardware, memory and speed, as their headers say
+# run.sh CONFIG --plan [--gpus 4x24]   what it needs, what fits; no data, no download, nothing is written
 # run.sh --help                        every flag with its help
 # LAUNCH=NAME    a file of accelerate/ (single, ddp, fsdp2, zero3_offload, ...) in place of the one that CONFIG names
 # NPROC=N        processes on this machine; else one a visible GPU (no GPU: 2); single is always 1
@@ -13,6 +15,14 @@ until [[ -d $root/common && -f $root/setup.sh ]]; do
     root=$(dirname "$root")
 done
 names() { (cd "$1" && printf '%s ' *.yaml | sed 's/\.yaml//g'); }
+
+if [[ ${1-} == --list ]]; then
+    for file in "$recipe"/configs/*.yaml; do   # the header: lines of comment before the first setting
+        printf '\n%s\n' "$(basename "$file" .yaml)"
+        sed -n '/^#/!q; s/^# */    /p' "$file"
+    done
+    exit 0
+fi
 
 # ---- config and launch file ----
 config=tiny
@@ -66,6 +76,9 @@ fi
 if grep -q "^pretrained_model_name_or_path:[[:space:]]*[\"']\{0,1\}tiny\b" "$yaml"; then
     "$python" "$recipe/make_tiny.py" --output_dir "$root/outputs/$(basename "$recipe")/tiny_base"
 fi
+for arg; do   # asks only: one process, whatever the launch file starts
+    if [[ ${arg//-/_} == __plan ]]; then WORLD_SIZE=$world exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
+done
 # ---- run. Exit codes: 2 a mistake, 74 a full disk, 75 stopped as asked by TERM, HUP, USR1 or Ctrl-C (resume me) ----
 if [[ $LAUNCH == single ]]; then exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 # a stop must leave time for a step and a save, not 30 seconds

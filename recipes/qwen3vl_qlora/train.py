@@ -26,7 +26,7 @@ import plateau
 import torch
 from conversations import IGNORE_INDEX, Conversations, Row, collate, encode, load_all_rows, pool_folder
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantized_base import find_base, load_base, prepare_base, random_base
+from quantized_base import empty_base, find_base, load_base, prepare_base, random_base
 from qwen3vl_names import SECOND_NAMES
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -38,7 +38,7 @@ from common.data import loader, order
 from common.model.ema import evaluating
 from common.processes import Run, on_main
 from common.record import checkpoint, metrics
-from common.start import config, launch, plan
+from common.start import config, folders, launch, plan
 from common.step import optimizers, steps
 
 LENGTH_BUCKET = 64  # tokens; rows of one bucket share a micro-batch with --group_by_length
@@ -316,6 +316,20 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     return loss, {"forward_flops": flops, "samples": len(targets)}
 
 
+def trial(cfg: Config, run: Run, model: PeftModel, batch: dict) -> list[Tensor]:
+    """The loss of a batch on a model without memory: what plan adds up. The vision tower, which keeps nothing, is left
+    out."""
+    base, tokens = model.base_model.model, cfg.benchmark_tokens if cfg.run.benchmark else cfg.max_length
+    if cfg.speed.gradient_checkpointing:
+        base.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    shape = (len(batch["input_ids"]), tokens)
+    embeds = torch.empty(*shape, base.config.text_config.hidden_size, device="meta", dtype=run.compute_dtype)
+    positions = torch.zeros(3, *shape, dtype=torch.long, device="meta")
+    states = base.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)[0]  # (B, L, D)
+    targets = torch.zeros(len(embeds), BENCHMARK_ANSWER, dtype=torch.long, device="meta")
+    return [token_loss_sum(base.lm_head(states[:, -BENCHMARK_ANSWER:]).float(), targets)]
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -404,13 +418,15 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse_recipe(Config, argv, SECOND_NAMES)
     run = launch.set_up(cfg, RECIPE, argv)  # processes, strategy, output folder, the checkpoint to go on from
 
+    folder = folders.model_folder(cfg, run, (".",), RECIPE / "full_size", find_base)
+    model_config = Qwen3VLConfig.from_pretrained(folder)
+    empty = add_adapters(empty_base(model_config, run.compute_dtype, cfg.quantization), cfg)
+    plan.check_size(run, cfg, empty, model_config, random_sample, trial)  # said before the check of the data
     if run.benchmark:
-        model_config, processor = Qwen3VLConfig.from_pretrained(RECIPE / "full_size"), None
-        data = loader.random_data(cfg, model_config, random_sample)
+        data, processor = loader.random_data(cfg, model_config, random_sample), None
         base = random_base(model_config, run.compute_dtype, run.device)
     else:
-        folder = on_main(run, find_base, cfg.pretrained_model_name_or_path)
-        model_config, processor = Qwen3VLConfig.from_pretrained(folder), load_processor(cfg, folder)
+        processor = load_processor(cfg, folder)
         data = prepare_data(cfg, run, processor)
         base = load_base(folder, run.compute_dtype, run.device, cfg.quantization)
     count_steps(cfg, run, len(data))

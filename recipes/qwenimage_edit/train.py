@@ -39,7 +39,6 @@ from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor", "scheduler")
-ACTIVATIONS_GIB = 4.0  # of one 1024 x 1024 target with one source and checkpointing: twice the tokens of no source
 NEXT_STEPS = {"edit with the result": 'sample.py --run {run} --image PICTURE --prompt "..."'}
 
 
@@ -228,10 +227,8 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     prompt_embeds = torch.stack(
         [torch.nn.functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts]
     )
-    mask = torch.tensor(
-        [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=prompt_embeds.device
-    )
-    return prompt_embeds, None if mask.all() else mask
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    return prompt_embeds, None if mask.all() else mask.to(prompt_embeds.device)
 
 
 def predict_velocity(
@@ -289,6 +286,13 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     prompt_tokens = max(map(len, batch["prompt_embeds"]))
     flops = len(latents) * forward_flops(models.config, target_tokens + sum(source_tokens), prompt_tokens)
     return loss, metrics.of_latents(latents) | {"forward_flops": flops}
+
+
+def trial(cfg: Config, run: Run, transformer: torch.nn.Module, batch: dict) -> list[Tensor]:
+    """The loss of a batch on a transformer without memory: what plan adds up."""
+    meta, scheduler = torch.device("meta"), folders.part_config(RECIPE / "full_size" / "scheduler")
+    models = Models(transformer, loading.config_of(transformer), scheduler, meta, run.compute_dtype)
+    return [compute_loss(models, batch, cfg)[0]]
 
 
 # ---------------------------------------------------------------- validation
@@ -364,8 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = folders.weights_folder(cfg.tuning.transformer_path, folder)
     transformer = loading.empty_model(QwenImageTransformer2DModel, folders.part_config(weights))
     choose_trained(run, cfg, transformer)
-    plan.check_size(run, cfg, transformer, ACTIVATIONS_GIB)  # what does not fit is said before hours of encoding
     model_config = loading.config_of(transformer)
+    plan.check_size(run, cfg, transformer, model_config, random_sample, trial)  # said before hours of encoding
     data = loader.random_data(cfg, model_config, random_sample) if run.benchmark else prepare_data(cfg, run, folder)
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 

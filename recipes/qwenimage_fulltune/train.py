@@ -39,7 +39,6 @@ from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-ACTIVATIONS_GIB = 2.3  # of one 1024 x 1024 sample with checkpointing on an H100: 40.4 in use beside 38.1 of weights
 NEXT_STEPS = {"draw from the result": 'sample.py --run {run} --prompt "..."'}
 
 
@@ -222,10 +221,8 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     prompt_embeds = torch.stack(
         [torch.nn.functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts]
     )
-    mask = torch.tensor(
-        [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=prompt_embeds.device
-    )
-    return prompt_embeds, None if mask.all() else mask
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    return prompt_embeds, None if mask.all() else mask.to(prompt_embeds.device)
 
 
 def predict_velocity(models: Models, noisy_latents: Tensor, sigma: Tensor, prompts: list[Tensor]) -> Tensor:
@@ -278,6 +275,13 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     loss = (fm.loss_weights(sigma, cfg.flow.loss_weighting) * errors).mean()
     flops = len(latents) * forward_flops(models.config, image_tokens, max(map(len, prompts)))
     return loss, metrics.of_latents(latents) | {"forward_flops": flops}
+
+
+def trial(cfg: Config, run: Run, transformer: torch.nn.Module, batch: dict) -> list[Tensor]:
+    """The loss of a batch on a transformer without memory: what plan adds up."""
+    empty, scheduler = batch["prompt_embeds"][0].to("meta"), folders.part_config(RECIPE / "full_size" / "scheduler")
+    models = Models(transformer, loading.config_of(transformer), scheduler, empty, run.compute_dtype)
+    return [compute_loss(models, batch, cfg)[0]]
 
 
 # ---------------------------------------------------------------- validation
@@ -349,8 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = folders.weights_folder(cfg.tuning.transformer_path, folder)
     transformer = loading.empty_model(QwenImageTransformer2DModel, folders.part_config(weights))
     adapters.add(run, cfg, transformer)  # with --lora_rank
-    plan.check_size(run, cfg, transformer, ACTIVATIONS_GIB)  # what does not fit is said before hours of encoding
     model_config = loading.config_of(transformer)
+    plan.check_size(run, cfg, transformer, model_config, random_sample, trial)  # said before hours of encoding
     data = loader.random_data(cfg, model_config, random_sample) if run.benchmark else prepare_data(cfg, run, folder)
     cfg.batch.max_train_steps = cfg.batch.steps_for(len(data), run.world_size)
 
