@@ -65,6 +65,7 @@ def load_model(
         load_weights_zero3(model, read, run.weights_dtype, run.device, ds_config)
     else:
         load_weights(model, read, run.weights_dtype, weights_device(run), frozen_dtype)
+    run.barrier()  # blocks in main memory are the same for all processes
     return model
 
 

@@ -1,6 +1,7 @@
 """Memory for streaming: groups of tensors pinned in main memory, and a few slots on the GPU for their visits."""
 
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,17 +40,19 @@ def tensors_of(state: dict[str, Any]) -> list[Holder]:
     return holders
 
 
-def pinned(size: int, device: torch.device) -> Tensor:
-    """(size,) bytes of main memory, pinned for a GPU.
+def pinned(size: int, device: torch.device, shared: bool = False) -> Tensor:
+    """(size,) bytes of main memory, pinned for a GPU; shared: the same bytes for all processes.
 
     torch's own pinned allocations are rounded up to powers of two: 38 GiB of blocks would take 64. And Linux copies
     pinned pages when a process forks, as the loader's workers do, unless it is told not to.
     """
-    if device.type != "cuda" or not size:
+    if not size or (device.type != "cuda" and not shared):
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size)
+    memory = shared_memory(size) if shared else mmap.mmap(-1, size)
     memory.madvise(mmap.MADV_DONTFORK)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    if device.type != "cuda":
+        return buffer
     error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
     if int(error):
         raise ValueError(
@@ -57,6 +60,22 @@ def pinned(size: int, device: torch.device) -> Tensor:
             "--stream_blocks, or raise the limit of locked memory (ulimit -l)"
         )
     return buffer
+
+
+def shared_memory(size: int) -> mmap.mmap:
+    """Memory that all processes, of one machine, see: a file without a name, which belongs to the first one."""
+    rank, said = torch.distributed.get_rank(), [""]
+    if rank == 0:
+        descriptor = os.memfd_create("blocks")
+        os.ftruncate(descriptor, size)
+        said = [f"/proc/{os.getpid()}/fd/{descriptor}"]
+    torch.distributed.broadcast_object_list(said)
+    if rank != 0:
+        descriptor = os.open(said[0], os.O_RDWR)
+    memory = mmap.mmap(descriptor, size)
+    torch.distributed.barrier()  # it lives as long as somebody has it open
+    os.close(descriptor)
+    return memory
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
@@ -85,6 +104,9 @@ class Slots:
     already, as layout() has it. Group i visits slot i % n_slots.
     Copies run on two streams of their own, up and down; events keep a slot from being
     filled while it is used or saved, and a group from being fetched before it is back. On a CPU there are no streams.
+
+    Several processes share the memory at home. Each writes all of it, and all write the same: gradients are averaged
+    before an update, so that no process writes what another has still to fetch.
     """
 
     def __init__(
@@ -99,7 +121,8 @@ class Slots:
         self.up, self.down = (torch.cuda.Stream(device) if self.on_cuda else None for _ in range(2))
         size = max(layout(group)[1] for group in groups)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(n_slots)]
-        self.home = home or [pinned(layout(group)[1], device) for group in groups]
+        shared = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        self.home = home or [pinned(layout(group)[1], device, shared) for group in groups]
         self.at_home = [views(home, group) for home, group in zip(self.home, groups, strict=True)]
         self.in_slot = [views(self.slots[i % n_slots], group) for i, group in enumerate(groups)]
         self.holds: list[int | None] = [None] * n_slots

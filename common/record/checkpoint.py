@@ -214,6 +214,7 @@ def load_checkpoint(
             _load_replicated(run.unwrap(model), folder / "model")
             saved = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True)
             optimizer.load_state_dict(saved)
+        run.barrier()  # streamed blocks are the same memory for all processes
     if run.accelerator.scaler is not None and (folder / "scaler.pt").is_file():
         run.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt"))
     if ema is not None:

@@ -215,16 +215,28 @@ def _fill_deepspeed_config(
 
 
 def _refuse(cfg: Shared, strategy: str, offload: str, world_size: int) -> None:
-    check_optimizer(cfg, strategy, offload != "none", world_size)
+    check_optimizer(cfg, strategy, offload != "none")
     if cfg.tuning.ema_decay and offload == "nvme":
         raise ValueError("ema_decay is not possible under zero3_nvme (weights lie on the disk); use --ema_decay 0")
     tuning = cfg.tuning
-    if tuning.stream_blocks and strategy != "single":
-        raise ValueError(f"stream_blocks is for one process, got LAUNCH={cfg.run.launch}; use LAUNCH=single")
+    if tuning.stream_blocks and (reason := _why_not_stream(cfg, strategy, world_size)):
+        raise ValueError(f"stream_blocks is not possible: {reason}")
     if tuning.offload_activations and not (cfg.speed.gradient_checkpointing or tuning.stream_blocks):
         raise ValueError("offload_activations keeps the inputs of recomputed blocks; add --gradient_checkpointing")
     if strategy.startswith("zero") and cfg.precision.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not set up for DeepSpeed here; use bf16 or no, or LAUNCH=ddp")
+
+
+def _why_not_stream(cfg: Shared, strategy: str, world_size: int) -> str:
+    if strategy not in ("single", "ddp"):
+        return f"{strategy} shards the weights itself; use LAUNCH=single or ddp"
+    if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        return "processes share the main memory of one machine, and these are on several; use LAUNCH=fsdp2_offload"
+    if world_size > 1 and cfg.tuning.ema_decay:
+        return "every process would keep all averaged weights in main memory; use --ema_decay 0"
+    if world_size > 1 and cfg.tuning.optimizer == "flash_adamw":
+        return "every process would keep flash_adamw's state in main memory; use --optimizer adafactor"
+    return ""
 
 
 def weights_dtype(cfg: Shared, uses_deepspeed: bool) -> torch.dtype:
@@ -243,12 +255,13 @@ def weights_dtype(cfg: Shared, uses_deepspeed: bool) -> torch.dtype:
 def prepare(
     run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradient_release: bool = False
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer to
-    its hooks."""
+    """accelerator.prepare, except that an fsdp2 model is ready already and gradient release leaves the optimizer, and
+    replicas' gradients, to its hooks."""
     if gradient_release:
-        run.release = GradientRelease(optimizer, [list(block.parameters()) for block in repeated_blocks(model)])
+        blocks = [list(block.parameters()) for block in repeated_blocks(model)]
+        run.release = GradientRelease(optimizer, blocks, replicas=run.strategy == "ddp")
     bind(model, optimizer, run.release)
-    if run.strategy == "fsdp2":
+    if run.strategy == "fsdp2" or (run.strategy == "ddp" and gradient_release):
         return model, run.accelerator.prepare(optimizer)
     return run.accelerator.prepare(model, optimizer)
 

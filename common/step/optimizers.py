@@ -26,7 +26,7 @@ BYTES_PER_PARAMETER = {"adamw": 16, "adamw_8bit": 10, "paged_adamw_8bit": 10, "f
 BYTES_WITH_RELEASE = {"flash_adamw": 5, "adafactor": 2}
 
 
-def check_optimizer(cfg: Shared, strategy: str, offload: bool, world_size: int) -> None:
+def check_optimizer(cfg: Shared, strategy: str, offload: bool) -> None:
     """Refuse what cannot work, with the reason and the way out. strategy: single, ddp, fsdp2, zero2, zero3."""
     name = cfg.tuning.optimizer
     if name in ("adamw_8bit", "paged_adamw_8bit") and strategy in ("fsdp2", "zero2", "zero3"):
@@ -51,11 +51,11 @@ def check_optimizer(cfg: Shared, strategy: str, offload: bool, world_size: int) 
             "optimizer flash_adamw runs on the GPU only (Triton kernels) and this launch file offloads to the CPU; "
             "use adamw"
         )
-    if cfg.tuning.gradient_release and (reasons := why_not_release(cfg, strategy, world_size)):
+    if cfg.tuning.gradient_release and (reasons := why_not_release(cfg)):
         raise ValueError("gradient_release is not possible: " + "; ".join(reasons))
 
 
-def why_not_release(cfg: Shared, strategy: str, world_size: int) -> list[str]:
+def why_not_release(cfg: Shared) -> list[str]:
     """What stands against stepping parameters inside backward; empty when nothing does."""
     reasons = []
     if cfg.tuning.optimizer not in BYTES_WITH_RELEASE:
@@ -70,8 +70,6 @@ def why_not_release(cfg: Shared, strategy: str, world_size: int) -> list[str]:
             f"max_grad_norm is {cfg.optim.max_grad_norm}: "
             "the global norm is known only after the updates (use --max_grad_norm 0)"
         )
-    if strategy not in ("single", "fsdp2") and world_size > 1:
-        reasons.append(f"{strategy} averages gradients after they are complete (use LAUNCH=single or fsdp2)")
     return reasons
 
 
@@ -231,11 +229,13 @@ class GradientRelease:
     one by one. A block some of whose parameters get no gradient is stepped when another's turn comes, and at the end
     of backward. The parameters' group is looked up when the hook runs: accelerate's wrapper and load_state_dict
     replace the group dictionaries, and hooks that kept the first ones would never see a new learning rate. Keeps the
-    gradient norm for the log.
+    gradient norm for the log. replicas: average over the processes before an update, and let all round alike.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, blocks: Sequence[Sequence[Tensor]] = ()):
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, blocks: Sequence[Sequence[Tensor]] = (), replicas: bool = False
+    ):
+        self.optimizer, self.replicas = optimizer, replicas
         self.square_sum: Tensor | None = None
         self.waiting: list[Tensor] = []  # of one unit
         self.step_together = getattr(optimizer, "step_parameters", None) or (
@@ -268,6 +268,8 @@ class GradientRelease:
             return
         parameters = sorted(self.waiting, key=self.order.__getitem__)  # kernels are compiled for one order
         self.waiting = []
+        if self.replicas:
+            self._average(parameters)
         if not isinstance(self.optimizer, Adafactor):  # whose update yields the sum of squares by itself
             grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters]
             square_sum = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
@@ -275,6 +277,16 @@ class GradientRelease:
         self.step_together(parameters, self.optimizer.param_groups[self.unit_of[parameters[0]][0]])
         for p in parameters:
             p.grad = None
+
+    def _average(self, parameters: list[Tensor]) -> None:
+        """Gradients become means over the processes, in one call; rounding is seeded alike everywhere."""
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+        step = self.optimizer.state.get(parameters[0], {}).get("step", 0)
+        torch.manual_seed(int(step) * len(self.order) + self.order[parameters[0]])
 
     def grad_norm(self, sharded: bool) -> float:
         """Gradient norm of the last backward, over all shards (a collective call when `sharded`); counts anew."""

@@ -151,6 +151,23 @@ def test_ddp_with_bf16_weights(runs):
     assert largest_difference(column(ours), column(single)) < 0.02
 
 
+def test_streamed_blocks_of_two_processes(runs):
+    """Catches gradients of a block that are not averaged before its update, and processes that see each other's blocks
+    too early or too late in the main memory that they share: also after a resume."""
+    flags = ["--optimizer", "adafactor", "--gradient_release", "--max_grad_norm", 0, "--max_train_steps", 4]
+    flags += ["--checkpointing_steps", 2, "--export_model", "--checkpoints_total_limit", 0]
+    streamed = ["--train_batch_size", 8, *flags, "--stream_blocks", -1]
+    ours, single = runs.launched("ddp_streamed", "ddp", *streamed), runs.single("single_released", *flags)
+    assert largest_difference(column(ours), column(single)) < 1e-4
+    assert largest_difference(column(ours, "grad_norm"), column(single, "grad_norm")) < 1e-3
+    trained = weights(ours / "export/transformer")
+    assert_equal_within_bf16(trained, weights(single / "export/transformer"))
+    saved = ours / "checkpoint-2"
+    resumed = runs.launched("ddp_streamed_on", "ddp", *streamed, "--resume_from_checkpoint", saved)
+    assert_same_continuation(resumed, ours, 2)
+    assert_equal_weights(weights(resumed / "export/transformer"), trained)
+
+
 def test_fsdp2_with_flash_adamw_and_gradient_release(runs, recipe, tmp_path):
     """Catches a release of sharded gradients that steps on local parts only or logs the norm of one shard, and
     averaged weights that stay after a validation when weights are kept gathered between forward and backward."""
