@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.data.manifest import LARGEST_FILE
+from common.data.row_files import LARGEST_FILE
 
 ROWS = [{"file_path": f"train/{number}.png", "text": f"picture {number}", "width": 7} for number in range(3)]
 

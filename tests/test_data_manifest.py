@@ -119,9 +119,124 @@ def test_manifest_errors(folder):
         (folder / "train.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             manifest.load_manifest(folder)
-    (folder / "list.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"expected a \.json"):
-        manifest.load_manifest(folder, "list.csv")
+    (folder / "list.xlsx").write_text("a,b")
+    with pytest.raises(ValueError, match=r"expected a \.json, \.jsonl, \.csv"):
+        manifest.load_manifest(folder, "list.xlsx")
+
+
+def problems(folder, meta=None) -> list[str]:
+    return [f"{record.where}: {record.problem}" for record in manifest.load_manifest(folder, meta) if record.problem]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_csv(folder, kind):
+    """Catches a byte order mark in the first name, quoted commas and line breaks, and rows of too few or many fields
+    that are read as something else; columns found by themselves, or given."""
+    tab = "," if kind == "csv" else "\t"
+    lines = [tab.join(("caption", "image", "note")), *(f"picture {n}{tab}train/{n}.png{tab}" for n in range(3))]
+    (folder / f"train.{kind}").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    assert expect_three(folder)[2].where == f"train.{kind} line 4" and not expect_three(folder)[2].extra
+    quoted = f'"a, b\tand ""c""\nd"{tab}train/0.png{tab}x'
+    (folder / f"train.{kind}").write_text("\n".join((lines[0], quoted, f"a{tab}b{tab}c{tab}d", "a", lines[1])))
+    first = manifest.load_manifest(folder)[0]
+    assert (first.text, first.extra) == ('a, b\tand "c"\nd', {"note": "x"})
+    assert [text.split(";")[0] for text in problems(folder)] == [
+        f"train.{kind} line 4: 4 fields, expected 3",
+        f"train.{kind} line 5: 1 fields, expected 3",
+    ]
+    manifest.load_manifest(folder, image_column="note", text_column="caption")
+    (folder / f"train.{kind}").write_text("a,b\n1,2")
+    with pytest.raises(ValueError, match=r"no column \['file_path', 'text'\], it has .*--text_column"):
+        manifest.load_manifest(folder)
+    (folder / f"train.{kind}").write_bytes(b"image,text\ncaf\xe9,x".replace(b",", tab.encode()))
+    with pytest.raises(ValueError, match=r"cannot read the manifest.*line 1"):
+        manifest.load_manifest(folder)
+
+
+def test_pictures_with_texts(folder):
+    """Catches a folder of pictures with a .txt each that needs a manifest first, hidden files taken for pictures, and
+    a caption that is missing, empty or no UTF-8 without the picture's name."""
+    for row in ROWS:
+        (folder / row["file_path"]).with_suffix(".txt").write_text(f"\ufeff{row['text']}\n", encoding="utf-8")
+    (folder / ".trash").mkdir()
+    (folder / ".trash/9.png").write_bytes(png())
+    (folder / "readme.txt").write_text("no caption")
+    assert [record.file_path for record in expect_three(folder)] == [row["file_path"] for row in ROWS]
+    (folder / "train/0.txt").unlink()
+    (folder / "train/1.txt").write_text(" ")
+    (folder / "train/2.txt").write_bytes(b"\xe9")
+    assert problems(folder) == [
+        "picture 0: train/0.png has no train/0.txt with its caption",
+        "picture 1: empty caption",
+        "picture 2: train/2.txt cannot be read: not UTF-8: byte 0xe9 at place 0",
+    ]
+
+
+def test_two_folders_of_edits(folder):
+    """Catches sources that are exchanged, a .txt beside a source that is not found, and a picture without its other
+    side."""
+    for side, colour in (("target", "red"), ("source", "lime"), ("source2", "blue")):
+        (folder / side).mkdir()
+        for name in ("a.png", "b.png"):
+            (folder / side / name).write_bytes(png(colour))
+    shutil.rmtree(folder / "train")
+    (folder / "target/a.txt").write_text("make it red")
+    (folder / "source/b.txt").write_text("redden it")
+    first, second = check.check_records(manifest.load_manifest(folder), folder, progress=False)
+    assert (first.file_path, first.source_file_path) == ("target/a.png", ("source/a.png", "source2/a.png"))
+    assert (first.text, second.text) == ("make it red", "redden it")
+    assert manifest.load_image(first, folder, 1).getpixel((0, 0)) == (0, 0, 255)
+    (folder / "source2/b.png").unlink()
+    (folder / "target/a.png").unlink()
+    assert problems(folder) == [
+        "picture 0: target/b.png has no source2/b.png (or .jpg, .webp)",
+        "source 0: source/a.png has no picture of its name in target/",
+        "source 2: source2/a.png has no picture of its name in target/",
+    ]
+
+
+def test_saved_and_hub_data_sets(folder, parquet_cache, monkeypatch):
+    """Catches data sets of the datasets library that must be exported first: a folder of save_to_disk, with splits or
+    without, read without a network, and a name of the hub."""
+    columns = {"image": [str(folder / row["file_path"]) for row in ROWS], "caption": [row["text"] for row in ROWS]}
+    table = parquet_cache.Dataset.from_dict(columns).cast_column("image", parquet_cache.Image())
+    table.save_to_disk(folder / "saved")
+    records = check.check_records(manifest.load_manifest(folder / "saved"), folder / "saved", progress=False)
+    assert [record.text for record in records] == [row["text"] for row in ROWS] and records[1].width == 48
+    parquet_cache.DatasetDict(train=table, test=table.select([2])).save_to_disk(folder / "splits")
+    assert len(manifest.load_manifest(folder / "splits")) == 3
+    (record,) = manifest.load_manifest(folder / "splits", "test")
+    assert manifest.load_image(record, folder / "splits").getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(ValueError, match=r"has the splits test, train, got dev.*--train_data_meta"):
+        manifest.load_manifest(folder / "splits", "dev")
+
+    def load_dataset(name, split):
+        if (name, split) == ("someone/pictures", "train"):
+            return table
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(parquet_cache, "load_dataset", load_dataset)
+    first, *_ = check.check_records(manifest.load_manifest("someone/pictures"), "someone/pictures", progress=False)
+    assert (first.file_path, first.where) == ("someone/pictures::0", "someone/pictures row 0")
+    with pytest.raises(ValueError, match=r"is no folder, and no data set of the hub.*split dev.*no network"):
+        manifest.load_manifest("someone/pictures", "dev")
+
+
+def test_what_was_found_and_what_is_read(folder):
+    """Catches a refusal that leaves a person to guess: what lies there, what would be read."""
+    (folder / "list.xlsx").write_text("")
+    (folder / "1.gif").write_text("")
+    with pytest.raises(ValueError, match="no manifest") as refused:
+        manifest.load_manifest(folder)
+    for word in (
+        "1 .xlsx files",
+        "1 .gif files",
+        "the folder train",
+        "metadata.jsonl",
+        "train.csv",
+        ".txt of the same",
+    ):
+        assert word in str(refused.value)
 
 
 # ---- bad rows

@@ -16,6 +16,7 @@ from common.data.check import check_records
 from common.data.images import check_image
 from common.data.json_rows import parse_json
 from common.data.manifest import _record, load_manifest
+from common.data.row_files import RawRow
 from common.start.config import yaml_to_flags
 
 GOOD = b'{"file_path": "good.png", "text": "a red square"}'
@@ -114,7 +115,7 @@ def test_json_is_a_value_or_a_sentence(data):
 @given(VALUES | st.dictionaries(NAMES, VALUES, max_size=6))
 def test_a_row_of_anything_is_a_record_or_has_a_problem(row):
     """Catches an exception in place of a problem, and a good record whose columns are of another kind."""
-    record = _record(row, 1, "line 1", None, None)
+    record = _record(RawRow(row, 1, "line 1"))
     if not record.problem:
         assert record.file_path and record.text.strip() and all(record.source_file_path)
     assert len(record.problem) <= 300

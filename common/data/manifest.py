@@ -1,29 +1,41 @@
 """From a manifest to records: what each row names, and its bytes.
 
-Reads a JSON list, JSONL, an image folder's metadata.jsonl, parquet and WebDataset shards. What is wrong with a row is
-kept with it, for check.py to report.
+row_files.py reads the rows; here they get their meaning. What is wrong with a row is kept with it, for check.py to
+report.
 """
 
 import dataclasses
 import os
-import stat
+import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from common.data.images import decode_image
-from common.data.json_rows import decode, json_rows, parse_json, short
+from common.data.json_rows import short
+from common.data.row_files import (
+    IMAGE_COLUMNS,
+    MANIFESTS,
+    READ,
+    TEXT_COLUMNS,
+    RawRow,
+    check_size,
+    column_of,
+    folder_rows,
+    found_in,
+    hub_rows,
+    read_file,
+    rows_of_file,
+    saved_table,
+    table_bytes,
+    table_rows,
+)
 
-MANIFESTS = ("metadata.jsonl", "train.jsonl", "train.json", "metadata.json", "*.parquet", "*.tar")  # the first wins
-LARGEST_FILE = 2**29  # bytes of one picture or video
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-IMAGE_COLUMNS = ("file_path", "file_name", "image")  # found by themselves, the first wins
 NO_MORE: dict = {}  # one for all rows
-TEXT_COLUMNS = ("text", "caption", "prompt")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
@@ -57,66 +69,67 @@ def load_manifest(
     image_column: str | None = None,
     text_column: str | None = None,
 ) -> list[Record]:
-    """All rows of a JSON list, a JSONL file, an image folder's metadata.jsonl, parquet, or WebDataset shards (*.tar).
+    """All rows of a manifest, of a folder of pictures with texts, or of a data set of the datasets library.
 
     train_data_meta: a file or a glob, absolute or relative to train_data_dir or to the working directory; None: the
-    first of MANIFESTS that train_data_dir has. Paths in a manifest are relative to train_data_dir. Columns that are
-    not given are found among IMAGE_COLUMNS and TEXT_COLUMNS. Source images for editing: `source_file_path`, a path or
-    a list; in parquet also image columns `source_<image_column>*`; in a tar members `<key>.source*.png`. ValueError
-    when there is nothing to read; a bad row is kept, with its problem, for check_records.
+    first of MANIFESTS that train_data_dir has, else what row_files.READ names. Paths in a manifest are relative to
+    train_data_dir. Columns that are not given are found among IMAGE_COLUMNS and TEXT_COLUMNS. Source images for
+    editing: `source_file_path`, a path or a list; in parquet also image columns `source_<image_column>*`; in a tar
+    members `<key>.source*.png`. train_data_dir may be a data set's name on the hub; train_data_meta is its split then.
+    ValueError when there is nothing to read; a bad row is kept, with its problem, for check_records.
     """
-    folder = Path(train_data_dir)
+    folder, columns = Path(train_data_dir), (image_column, text_column)
     if not folder.is_dir():
+        if HUB_NAME.fullmatch(str(train_data_dir)) and not folder.parent.is_dir():
+            rows = hub_rows(str(train_data_dir), str(train_data_meta or "train"), *columns)
+            return [_record(row) for row in rows]
         raise ValueError(
             f"train_data_dir {folder} is no folder; expected the one that the manifest's paths start from"
         )
-    if train_data_meta is None:
-        patterns, wanted = [folder / name for name in MANIFESTS], f"none of {', '.join(MANIFESTS)}"
-    else:
-        patterns, wanted = [folder / train_data_meta, Path(train_data_meta)], f"no {train_data_meta}"
-    files = next((found for found in map(_glob, patterns) if found), [])
-    if not files:
-        raise ValueError(
-            f"no manifest: there is {wanted} in {folder}; set --train_data_meta to the file that lists the images"
-        )
+    files = _manifests(folder, train_data_meta)
     records: list[Record] = []
     for path in files:
         try:
-            if path.suffix == ".parquet":
-                records += _parquet_records(path, image_column, text_column)
-            elif path.suffix == ".tar":
-                records += _tar_records(path, text_column)
-            elif path.suffix in (".json", ".jsonl"):
-                rows = json_rows(path)
-                kind = f"{path.name} {'row' if path.suffix == '.json' else 'line'}"
-                records += [_record(row, number, kind, image_column, text_column) for row, number, _ in rows]
-            else:
-                raise ValueError("expected a .json, .jsonl, .parquet or uncompressed .tar file")
+            records += [_record(row) for row in rows_of_file(path, *columns)]
         except (ValueError, OSError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the manifest {path}: {error}") from error
-    if not records:
+    if files and not records:
         raise ValueError(f"the manifest {files[0]} has zero rows; expected at least one image with its caption")
+    if not files:
+        split = None if train_data_meta is None else str(train_data_meta)
+        saved = saved_table(folder, split)
+        rows = table_rows(str(saved), saved.name, *columns) if saved else folder_rows(folder) if not split else ()
+        records = [_record(row) for row in rows]
+    if not records:
+        wanted = f"no {train_data_meta}" if train_data_meta else "nothing that is read"
+        raise ValueError(
+            f"no manifest: there is {wanted} in {folder}, which holds {found_in(folder)}; read are {READ}; "
+            "set --train_data_meta to the file that lists the images"
+        )
     return records
+
+
+def _manifests(folder: Path, train_data_meta: str | Path | None) -> list[Path]:
+    """The files that train_data_meta names, or the first usual ones; none where there are none."""
+    if train_data_meta is None:
+        patterns = [folder / name for name in MANIFESTS]
+    else:
+        patterns = [folder / train_data_meta, Path(train_data_meta)]
+    return next((found for found in map(_glob, patterns) if found), [])
 
 
 def _glob(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.parent.glob(path.name)) if "*" in path.name else []
 
 
-def _column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
-    """The column that is given, or the first of the usual ones that is there, or the first usual one."""
-    return given or next((name for name in usual if name in names), usual[0])
-
-
-def _record(
-    row: object, number: int, manifest: str, image_column: str | None, text_column: str | None, inside: tuple = ()
-) -> Record:
+def _record(raw: RawRow) -> Record:
     """A Record from one row; what is wrong with the row goes into its `problem`."""
+    row, number, manifest, image_column, text_column, inside = raw
     if not isinstance(row, dict):
         problem = str(row) if isinstance(row, ValueError) else f"got a {type(row).__name__}, expected an object"
         return Record(number, "", "", manifest=manifest, problem=problem)
     extra = dict(row)  # what is left of it
-    path_key, text_column = _column(image_column, IMAGE_COLUMNS, row), _column(text_column, TEXT_COLUMNS, row)
+    path_key, text_column = column_of(image_column, IMAGE_COLUMNS, row), column_of(text_column, TEXT_COLUMNS, row)
     path, text, kind = extra.pop(path_key, None), extra.pop(text_column, None), extra.pop("type", None) or "image"
     sources = extra.pop("source_file_path", None) or []
     sources = sources if isinstance(sources, list) else [sources]
@@ -142,82 +155,6 @@ def _record(
         problem=problem,
         inside=inside,
     )
-
-
-def _by_number(name: str) -> tuple[int, str]:
-    return len(name), name  # source2 before source10
-
-
-@lru_cache(maxsize=64)
-def _open_parquet(path: str, changed: int):
-    """The file as a memory-mapped datasets.Dataset whose image columns stay encoded; `changed` (mtime) renews it."""
-    import datasets  # here, since it takes a second to import
-
-    table = datasets.Dataset.from_parquet(path)
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table
-
-
-def _parquet_records(path: Path, image_column: str | None, text_column: str | None) -> Iterator[Record]:
-    table = _open_parquet(str(path), path.stat().st_mtime_ns)
-    names = sorted(table.column_names, key=_by_number)
-    image_column = _column(image_column, ("image", *IMAGE_COLUMNS), names)
-    text_column = _column(text_column, TEXT_COLUMNS, names)
-    if missing := {image_column, text_column} - set(names):
-        raise ValueError(f"no column {sorted(missing)}, it has {names}; set --image_column and --text_column")
-    images = [image_column, *(name for name in names if name.startswith(f"source_{image_column}"))]
-    kinds = {name: getattr(feature, "dtype", "") for name, feature in table.features.items()}
-    if kinds[image_column] in ("string", "large_string"):
-        images = []  # paths of ordinary files
-    bulky = [name for name in names if kinds[name] in ("PIL.Image.Image", "binary", "large_binary")]
-    for number, row in enumerate(table.remove_columns(list({*images, *bulky}))):
-        if images:
-            row["file_path"] = f"{path.name}::{number}"
-            sources = [f"{path.name}::{number}::{name}" for name in images[1:]]
-            row["source_file_path"] = sources or row.get("source_file_path")
-        inside = tuple(("parquet", str(path), number, name) for name in images)
-        row_column = "file_path" if images else image_column
-        yield _record(row, number, f"{path.name} row", row_column, text_column, inside)
-
-
-def _tar_records(path: Path, text_column: str | None) -> Iterator[Record]:
-    """WebDataset's rule: members of one sample share the name up to its first dot."""
-    samples: dict[str, tuple[dict, dict]] = {}  # key -> (row, images)
-    with tarfile.open(path, "r:") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            row, images = samples.setdefault(f"{folder}/{stem}" if folder else stem, ({}, {}))
-            if suffix.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
-                kind = suffix if suffix.startswith("source") else ""  # "" is the target and sorts before the sources
-                images[kind] = ("tar", str(path), member.offset_data, member.size)
-            elif suffix in ("txt", "json"):
-                try:
-                    row.update(_tar_columns(tar, member, suffix, text_column or TEXT_COLUMNS[0]))
-                except ValueError as error:
-                    row["error"] = error
-    for number, (key, (row, images)) in enumerate(samples.items()):
-        row["file_path"] = f"{path.name}::{key}"
-        kinds = sorted(images, key=_by_number)
-        row["source_file_path"] = [f"{path.name}::{key}.{kind}" for kind in kinds if kind]
-        problem = row.get("error") if "" in images else ValueError(f"no image, expected one of {IMAGE_SUFFIXES}")
-        row = problem if isinstance(problem, ValueError) else row
-        inside = tuple(images[kind] for kind in kinds)
-        yield _record(row, number, f"{path.name} sample", "file_path", text_column, inside)
-
-
-def _tar_columns(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, text_column: str) -> dict:
-    """What a .txt or .json member says of its sample; ValueError when it cannot be read."""
-    _check_size(member.size)
-    data = tar.extractfile(member).read()
-    if suffix == "txt":
-        return {text_column: decode(data).strip()}
-    columns = parse_json(data)
-    if not isinstance(columns, dict):
-        raise ValueError(f"the .json is a {type(columns).__name__}, expected an object")
-    return columns
 
 
 # ---- bytes and images of a record
@@ -257,20 +194,6 @@ def place_of(record: Record, train_data_dir: str | Path, which: int | str | None
     return (_inside(str(train_data_dir), record.file_path if which is None else record.source_file_path[which]),)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of an ordinary file; ValueError for pipes, devices and files over LARGEST_FILE, before reading."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("a directory" if path.is_dir() else "not an ordinary file")
-    _check_size(found.st_size)
-    return path.read_bytes()
-
-
-def _check_size(size: int) -> None:
-    if size > LARGEST_FILE:
-        raise ValueError(f"{size / 2**20:.0f} MiB; files of at most {LARGEST_FILE / 2**20:.0f} MiB are read")
-
-
 def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
     """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names."""
     if isinstance(which, str):
@@ -280,14 +203,11 @@ def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | No
     if place < len(record.inside):
         kind, path, *rest = record.inside[place]
         if kind == "tar":
-            _check_size(rest[1])
+            check_size(rest[1])
             with open(path, "rb") as file:
                 file.seek(rest[0])
                 return file.read(rest[1])
-        row, column = rest
-        value = _open_parquet(path, os.stat(path).st_mtime_ns).select_columns(column)[row][column]
-        if isinstance(value, dict):
-            value = value["path"] if value["bytes"] is None else value["bytes"]
+        value = table_bytes(path, *rest)
     if value is None:
         raise FileNotFoundError("no image in this row")
     return value if isinstance(value, bytes) else read_file(inside_folder(train_data_dir, str(value)))

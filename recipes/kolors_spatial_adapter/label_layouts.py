@@ -44,7 +44,8 @@ from PIL import Image
 
 from common.data.images import check_image, decode_image
 from common.data.json_rows import json_rows, short
-from common.data.manifest import inside_folder, read_file
+from common.data.manifest import inside_folder
+from common.data.row_files import read_file
 from common.progress import progress_bar
 from common.start import plan
 

@@ -20,8 +20,9 @@ from common.data.cache import EmbeddingCache
 from common.data.images import cover_box
 from common.data.json_rows import json_rows, parse_json, short
 from common.data.loader import of_place
-from common.data.manifest import Record, read_file
+from common.data.manifest import Record
 from common.data.order import Place
+from common.data.row_files import read_file
 
 IGNORE = -100  # behind a phrase's end
 MAX_PHRASE_TOKENS = 31  # the captioning head says one more: the end

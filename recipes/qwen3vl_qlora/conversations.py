@@ -24,8 +24,9 @@ from common import settings
 from common.data.images import check_image, decode_image
 from common.data.json_rows import json_rows
 from common.data.loader import of_place
-from common.data.manifest import inside_folder, read_file
+from common.data.manifest import inside_folder
 from common.data.order import Place
+from common.data.row_files import read_file
 from common.progress import progress_bar, stage
 from common.record.folder import append_row
 
