@@ -18,7 +18,7 @@ from common.processes import Run, device_name, on_main, stop
 from common.progress import stages
 from common.record.folder import claim_output_dir, find_checkpoint
 from common.settings import Shared
-from common.start import needs
+from common.start import lifeline, needs
 from common.start.folders import resolve_paths
 from common.step.optimizers import GradientRelease, check_optimizer
 
@@ -46,12 +46,12 @@ def set_up(
         return planned(cfg, recipe_dir, argv, backwards)
     stages.begin()
     resolve_paths(cfg, recipe_dir, argv)
-    _handle_signals()
     if cfg.run.memory_limit_gib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.run.memory_limit_gib / total))
     fsdp, uses_deepspeed = _read_launch_file(recipe_dir)
     world_size = _start_process_group(bool(fsdp) or uses_deepspeed)
+    _handle_signals()  # until here there is nothing to save
     _share_global_batch(cfg, world_size)
     micro_steps = cfg.batch.gradient_accumulation_steps * backwards
     dtype = weights_dtype(cfg, uses_deepspeed)
@@ -156,6 +156,8 @@ def _start_process_group(is_asked_for: bool) -> int:
         # hours, not 30 minutes: rank 0 may download a model or check a large data set while the others wait
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        if world_size > 1:
+            lifeline.start(torch.distributed.get_rank(), world_size)
     return world_size
 
 

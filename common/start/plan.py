@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from common.data.loader import RANDOM_ROWS, collate
 from common.processes import DiskFull, Run, stop
 from common.settings import Shared
-from common.start import memory, needs, ways
+from common.start import lifeline, memory, needs, ways
 from common.start.needs import Layout, Size
 
 MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
@@ -101,35 +100,22 @@ def explained_errors(memory_advice: str = MEMORY_LADDER) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} {memory_advice}")
+        lifeline.fail(1, f"{str(error).splitlines()[0]} {memory_advice}")
     except ValueError as error:
         repository = str(Path(__file__).resolve().parents[2])
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not raised_in.startswith(repository) or "site-packages" in raised_in:
             raise
-        rank = int(os.environ.get("RANK", 0))
-        if rank:  # when every process failed alike, the first one's message has ended the run within this time
-            time.sleep(15)
-        if not (rank and stop.asked):
-            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
-        code = DISK_FULL if isinstance(error, DiskFull) else MISTAKE
-        tell_run_sh(code)
-        sys.exit(code)
+        lifeline.fail(DISK_FULL if isinstance(error, DiskFull) else MISTAKE, str(error))
     code = STOPPED if stop.agreed and not stop.reason else 0
-    tell_run_sh(code)
+    lifeline.tell_run_sh(code, rank=0)
+    lifeline.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its threads can abort a finished process as it ends
         os._exit(0)
     if code and "RANK" not in os.environ:  # a launcher would take it for a failure; run.sh knows
         sys.exit(code)
-
-
-def tell_run_sh(code: int) -> None:
-    """run.sh ends with this code, whatever a launcher makes of it."""
-    file = os.environ.get("RUN_EXIT_CODE_FILE")
-    if file and os.environ.get("RANK", "0") == "0":
-        Path(file).write_text(str(code))
 
 
 def check_disk(run: Run, cfg: Shared, size: float) -> None:

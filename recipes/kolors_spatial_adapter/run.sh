@@ -83,7 +83,7 @@ done
 if [[ $LAUNCH == single ]]; then exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 # a stop must leave time for a step and a save, not 30 seconds
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-RUN_EXIT_CODE_FILE=$(mktemp)   # the main process writes its code: the launcher makes 1 of all of them
+RUN_EXIT_CODE_FILE=$(mktemp)   # processes write code and cause: a launcher makes 1 of all, and a traceback
 export RUN_EXIT_CODE_FILE
 own_group=$(command -v setsid || true)   # Ctrl-C reaches this script alone, which asks once; the second one ends all
 $own_group "$python" -m accelerate.commands.launch --config_file "$recipe/accelerate/$LAUNCH.yaml" \
@@ -96,6 +96,7 @@ trap stop TERM HUP USR1
 trap interrupt INT
 code=0
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" && code=0 || code=$?; done
-said=$(cat "$RUN_EXIT_CODE_FILE" 2>/dev/null || true)
+said=$(head -n 1 "$RUN_EXIT_CODE_FILE" 2>/dev/null || true)
+tail -n +2 "$RUN_EXIT_CODE_FILE" >&2 2>/dev/null || true   # the cause, last
 rm -f "$RUN_EXIT_CODE_FILE"
 exit "${said:-$code}"
