@@ -5,6 +5,7 @@ and (B, L) for a micro-batch.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from foreign_rows import as_own
 from PIL import Image
 from qa_rows import part_texts, row_problem
 from torch import Tensor
@@ -29,6 +31,7 @@ from common.data.order import Place
 from common.data.row_files import read_file
 from common.progress import progress_bar, stage
 from common.record.folder import append_row
+from common.start import dry_run
 
 IGNORE_INDEX = -100  # what cross_entropy leaves out
 ANSWER_START, ANSWER_END = "<|im_start|>assistant\n", "<|im_end|>"
@@ -68,11 +71,12 @@ def check_row(content: object, folder: Path, where: str, processor: Qwen3VLProce
     """Check one row, or the ValueError in its place; what is wrong with it goes into the row's `problem`."""
     row, tokenizer = Row(str(folder), where, [], []), processor.tokenizer
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    digest = hashlib.blake2b(json.dumps(content, ensure_ascii=False, default=str).encode(), digest_size=16)
+    content = as_own(content)
     row.problem = row_problem(content, special)
     if row.problem:
         return row
     row.images, row.messages = content["images"], content["messages"]
-    digest = hashlib.blake2b(json.dumps(content, ensure_ascii=False).encode(), digest_size=16)
     image_tokens = 0
     for name in row.images:
         try:
@@ -209,6 +213,25 @@ class Conversations(Dataset):
     def __getitem__(self, place: Place) -> dict:
         step_tokens = sum(self.rows[index].answer_tokens for index in place.group)
         return {**encode(self.rows[place.sample], self.processor), **of_place(place), "step_tokens": step_tokens}
+
+    def look_at(self, place: Place) -> dry_run.Sample:
+        """For a dry run: the conversation as the model sees it, the answer, which has labels, standing out."""
+        row = self.rows[place.sample]
+        encoded, tokenizer = encode(row, self.processor), self.processor.tokenizer
+        labelled = encoded["labels"] != IGNORE_INDEX  # (L,)
+        starts = [0, *(1 + (labelled[1:] != labelled[:-1]).nonzero()[:, 0]).tolist(), len(labelled)]
+        said = [
+            (dry_run.decoded(tokenizer, encoded["input_ids"][start:end].tolist()), bool(labelled[start]))
+            for start, end in itertools.pairwise(starts)
+        ]
+        images = [decode_image(read_file(inside_folder(row.folder, name))) for name in row.images]
+        grids = encoded.get("image_grid_thw", torch.empty(0, 3)).tolist()
+        patch = self.processor.image_processor.patch_size
+        pictures = {
+            f"{name}, {dry_run.size_of(image)} -> {width * patch} x {height * patch}": image
+            for name, image, (_, height, width) in zip(row.images, images, grids, strict=True)
+        }
+        return dry_run.Sample(f"{row.where}: {row.length} tokens, {row.answer_tokens} with labels", pictures, said)
 
 
 def encode(row: Row, processor: Qwen3VLProcessor) -> dict[str, Tensor]:

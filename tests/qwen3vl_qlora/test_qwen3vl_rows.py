@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from data_files import hostile_bytes, hostile_rows, write_hostile_files
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from properties import given, st
 
 from common.data.json_rows import json_rows
 from common.data.order import Place
@@ -49,6 +48,57 @@ def check(rows, processor, folder, text: str, max_length: int = 200):
 def settings(on_bad_rows: str = "error", output_dir: str = "", **changes) -> SimpleNamespace:
     data, run = SimpleNamespace(on_bad_rows=on_bad_rows), SimpleNamespace(output_dir=output_dir)
     return SimpleNamespace(**{"on_long_rows": "error", "max_length": 200, "data": data, "run": run, **changes})
+
+
+# ---- rows of others
+
+
+def foreign(kind: str, question: str, answer: str, images: list) -> dict:
+    if kind == "ms-swift":
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": turns, "images": images}
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if kind == "LLaVA":
+        return {"id": "7", "conversations": turns} | (
+            {"image": images[0] if len(images) == 1 else images} if images else {}
+        )
+    return {"conversations": turns, "system": "be kind", "images": images}
+
+
+@pytest.mark.parametrize("kind", ["ms-swift", "LLaVA", "ShareGPT"])
+def test_rows_of_others_are_read(rows, processor, folder, kind):
+    """Catches pictures of other trainers' rows that are lost, stand elsewhere or are trained as the word <image>: the
+    model sees what it sees of the same row in our form."""
+    for question, images in (("<image>\nis", ["0.png"]), ("is", []), ("a <image> b<image>", ["0.png", "1.png"])):
+        theirs = check(rows, processor, folder, json.dumps(foreign(kind, question, "the keeper", images)))
+        assert not theirs.problem and theirs.images == images
+        pieces = [piece.strip() for piece in question.replace("<image>", "|<image>|").split("|") if piece.strip()]
+        parts = [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
+        system = [{"role": "system", "content": "be kind"}] if kind == "ShareGPT" else []
+        said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "the keeper"}]
+        ours = check(rows, processor, folder, json.dumps({"images": images, "messages": [*system, *said]}))
+        seen, expected = rows.encode(theirs, processor), rows.encode(ours, processor)
+        assert seen.keys() == expected.keys() and all(torch.equal(seen[name], expected[name]) for name in seen)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (foreign("LLaVA", "<image>is", "x", []), "1 image parts in messages, 0 images"),
+        (foreign("ms-swift", "<image><image>is", "x", ["0.png"]), "2 image parts in messages, 1 images"),
+        (foreign("LLaVA", "is", "<image>x", ["0.png"]), "is an image, expected those in the user's turns alone"),
+        (foreign("ShareGPT", "<image>is", "x", ["9.png"]), "9.png: missing"),
+        (foreign("LLaVA", "is", "x", []) | {"video": "a.mp4"}, "it has video, and pictures alone are trained"),
+        (foreign("ms-swift", "<image>", "x", [{"bytes": "abc", "path": None}]), "expected a list of paths"),
+        ({"image": "0.png", "conversations": [{"from": "observation", "value": "x"}]}, "role is 'observation'"),
+        ({"image": "0.png", "conversations": [{"from": ["human"], "value": "x"}]}, "role is ['human']"),
+        ({"image": "0.png", "conversations": ["x"]}, "messages[0] is 'x'"),
+        ({"image": "0.png", "conversations": "x"}, "expected an object with images and messages"),
+    ],
+)
+def test_bad_rows_of_others_say_why(rows, processor, folder, row, reason):
+    """Catches such a row that ends in a traceback, or is trained without its picture."""
+    assert reason in check(rows, processor, folder, json.dumps(row)).problem
 
 
 # ---- labels
