@@ -4,9 +4,9 @@ Recipes find them in settings.py, beside the others.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from common.rules import at_least, multiple_of, within
+from common.rules import between, multiple_of, within
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Buckets:
         if self.bucket_multiple < 16 or self.bucket_multiple % 16:
             raise ValueError(f"bucket_multiple must be a multiple of 16, got {self.bucket_multiple}; use 16 or 32")
         multiple_of(self, "resolution", self.bucket_multiple, "bucket_multiple")
+        between(self, 16, 8192, "resolution")
 
 
 @dataclass
@@ -59,9 +60,7 @@ class FlowMatching:
     """weight of the squared error by sigma"""
     cache_moments: bool = False
     """draw latents from the VAE's posterior at every step instead of taking its mode"""
-
-    def check(self) -> None:
-        at_least(self, 0, "timestep_shift", "logit_std")
+    signed: ClassVar[tuple[str, ...]] = ("logit_mean", "mode_scale")
 
 
 @dataclass
@@ -76,8 +75,7 @@ class Drawing:
     """classifier-free guidance of validation pictures"""
 
     def check(self) -> None:
-        at_least(self, 0, "num_validation_samples", "guidance_scale")
-        at_least(self, 2, "num_inference_steps")
+        between(self, 2, 1000, "num_inference_steps")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 import tyro
 
 from common.image_settings import Drawing, Pictures
-from common.rules import at_least, within
+from common.rules import at_least, between, under_one
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
@@ -55,7 +55,7 @@ class Run:
 
     def check(self) -> None:
         at_least(self, 1, "logging_steps")
-        at_least(self, 0, "seed", "checkpointing_steps", "checkpoints_total_limit", "memory_limit_gib")
+        between(self, 0, 2**32 - 1, "seed")  # what NumPy takes
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Data:
     """processes that prepare batches ahead"""
 
     def check(self) -> None:
-        at_least(self, 0, "dataloader_num_workers")
+        between(self, 0, 256, "dataloader_num_workers")
 
 
 @dataclass
@@ -91,8 +91,10 @@ class Batch:
     """when given, sets max_train_steps to this many passes over the data, unless the command line gives both"""
 
     def check(self) -> None:
-        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        at_least(self, 0, "global_batch_size", "num_train_epochs")
+        between(self, 1, 4096, "train_batch_size")
+        between(self, 1, 100_000, "gradient_accumulation_steps")
+        between(self, 0, 10_000_000, "global_batch_size")
+        at_least(self, 1, "max_train_steps")
 
     def steps_for(self, rows: int, world_size: int) -> int:
         """max_train_steps, or what num_train_epochs passes over so many rows take."""
@@ -150,8 +152,7 @@ class Optim:
     """global gradient norm to clip to; 0 does not clip"""
 
     def check(self) -> None:
-        at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
-        within(self, 0, 1, "adam_beta1", "adam_beta2")
+        under_one(self, "adam_beta1", "adam_beta2")
 
 
 @dataclass
@@ -176,12 +177,11 @@ class FullTuning:
     """write the trained weights to export/ at the end"""
     export_steps: int = 0
     """steps between exports to export/step_...; 0 writes none before the end"""
+    signed: ClassVar[tuple[str, ...]] = ("stream_blocks",)
 
     def check(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is a share from 0 to under 1, got {self.ema_decay}; use 0.999, say, or 0")
+        under_one(self, "ema_decay")
         at_least(self, -1, "stream_blocks")
-        at_least(self, 0, "export_steps")
 
 
 @dataclass
@@ -206,10 +206,9 @@ class Lora:
     bits (bitsandbytes, NF4 with double quantisation), about half a byte a parameter"""
 
     def check(self) -> None:
-        at_least(self, 0, "lora_rank")
+        between(self, 0, 4096, "lora_rank")
         at_least(self, 1, "lora_alpha")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a share from 0 to under 1, got {self.lora_dropout}; use 0.05, say")
+        under_one(self, "lora_dropout")
         if self.base_precision == "nf4" and not self.lora_rank:
             raise ValueError(
                 "base_precision nf4 is for a frozen base, and lora_rank 0 trains its own weights; add --lora_rank 32"
@@ -238,9 +237,6 @@ class Validation:
 
     validation_steps: int = 100
     """steps between validations, and one before the first step and at the end; 0 does none"""
-
-    def check(self) -> None:
-        at_least(self, 0, "validation_steps")
 
 
 class Shared(Protocol):

@@ -175,7 +175,7 @@ def test_rules_of_groups_and_of_the_recipe_are_reported(yaml_file):
         (["--logging_steps", "0"], "logging_steps must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--learning_rate", "nan"], "learning_rate must be at least 0, got nan"),
-        (["--adam_beta2", "1.5"], "adam_beta2 is a share between 0 and 1, got 1.5"),
+        (["--adam_beta2", "1.5"], "adam_beta2 is a share from 0 to under 1, got 1.5"),
         (["--global_batch_size", "-2"], "global_batch_size must be at least 0, got -2"),
         (["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0, got -1"),
         (["--validation_steps", "-1"], "validation_steps must be at least 0, got -1"),
@@ -196,13 +196,21 @@ def test_rules_say_what_and_what_they_got(flags, sentence):
         (image_settings.Drawing(num_inference_steps=1), "num_inference_steps must be at least 2, got 1"),
         (settings.FullTuning(ema_decay=1.0), "ema_decay is a share from 0 to under 1, got 1.0"),
         (image_settings.FlowMatching(logit_std=-1.0), "logit_std must be at least 0, got -1.0"),
+        (image_settings.FlowMatching(logit_mean=float("inf")), "logit_mean must be at most 1000000000000, got inf"),
     ],
 )
 def test_rules_of_the_groups_of_image_recipes(group, sentence):
     """Catches the same in groups that not every recipe has."""
+
+    def check(group: object) -> None:
+        if isinstance(group, rules.HasRules):
+            group.check()
+        rules.check_numbers(group)
+
     with pytest.raises(ValueError, match=sentence):
-        group.check()
-    type(group)().check()
+        check(group)
+    check(type(group)())
+    check(image_settings.FlowMatching(logit_mean=-1.0))  # may be negative
 
 
 def test_groups_are_flat(yaml_file, capfd):

@@ -26,14 +26,17 @@ from common.processes import Run, on_main
 from common.progress import stage
 
 
-def _read_header(path: Path) -> dict:
-    """The JSON header of a safetensors file; ValueError when the file is cut short."""
+def read_header(path: Path) -> dict:
+    """The JSON header of a safetensors file; ValueError when the file is cut short or is none."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= path.stat().st_size - 8:
             raise ValueError("its header is cut short")
         header = json.loads(file.read(size))
-    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    try:
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError("its header is no table of tensors") from error
     if path.stat().st_size != 8 + size + end:
         raise ValueError(f"it has {path.stat().st_size} bytes, its header says {8 + size + end}")
     return header
@@ -117,7 +120,7 @@ class EmbeddingCache:
         self._entries = {}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             try:
-                header = _read_header(path)
+                header = read_header(path)
             except (OSError, ValueError) as error:
                 self._say(f"{path.name} cannot be read ({error}); its entries are encoded again")
                 continue

@@ -103,6 +103,17 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
     return folder
 
 
+def check_optimizer_of(checkpoint: Path | None, cfg: Shared) -> None:
+    """ValueError where this run's optimizer cannot go on from what the checkpoint's kept."""
+    now = cfg.tuning.optimizer
+    before = read_state(checkpoint)["config"].get("optimizer", now) if checkpoint else now
+    if before.removeprefix("paged_") != now.removeprefix("paged_"):
+        raise ValueError(
+            f"{checkpoint} holds the state of optimizer {before}, and this run has {now}: resume with --optimizer "
+            f"{before}, or begin a new run from its weights (python -m common.export {checkpoint})"
+        )
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -111,9 +111,11 @@ def check(cfg: Shared) -> None:
     for group in shared:
         if isinstance(group, rules.HasRules):
             group.check()
+        rules.check_numbers(group)
     if not (cfg.run.benchmark or cfg.run.plan) and cfg.data.train_data_dir is None:
         raise ValueError(
             "train_data_dir is not set; pass --train_data_dir FOLDER (or run the tiny config, which brings its own)"
         )
     if isinstance(own, rules.HasRules):
         own.check()
+    rules.check_numbers(own)

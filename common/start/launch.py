@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from common.model.streaming import bind, repeated_blocks
 from common.processes import Run, device_name, on_main, stop
 from common.progress import stages
-from common.record.folder import claim_output_dir, find_checkpoint
+from common.record.folder import check_optimizer_of, claim_output_dir, find_checkpoint
 from common.settings import Shared
 from common.start import lifeline, needs
 from common.start.folders import resolve_paths
@@ -81,6 +81,7 @@ def set_up(
         resume=None,
     )
     run.resume = on_main(run, find_checkpoint, cfg.run.output_dir, cfg.run.resume_from_checkpoint)
+    check_optimizer_of(run.resume, cfg)
     asked = cfg.run.resume_from_checkpoint
     on_main(run, claim_output_dir, cfg.run.output_dir, run.resume, cfg.run.overwrite_output_dir, False, asked)
     run.print(

@@ -77,7 +77,7 @@ class Config:
     prompts: settings.Flat[image_settings.Prompts] = field(default_factory=image_settings.Prompts)
 
     def check(self) -> None:
-        rules.at_least(self, 1, "max_sequence_length", "benchmark_prompt_tokens")
+        rules.between(self, 1, 4096, "max_sequence_length", "benchmark_prompt_tokens")
 
 
 # ---------------------------------------------------------------- encoding: what a row becomes, before training

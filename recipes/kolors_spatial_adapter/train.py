@@ -135,8 +135,10 @@ class Config:
 
     def check(self) -> None:
         rules.multiple_of(self, "resolution", 32, "VAE 8 x UNet 4")
+        rules.between(self, 32, 8192, "resolution")
         rules.multiple_of(self, "adapter_rank", 32, "width of a head")
-        rules.at_least(self, 1, "max_objects", "retrieval_queue")
+        rules.between(self, 1, 4096, "adapter_rank", "max_objects")
+        rules.between(self, 1, 2**20, "retrieval_queue")
         rules.within(self, 0, 1, "grounding_dropout", "feature_time", "tau")
         if not self.box_loss_weight > 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")

@@ -14,9 +14,7 @@ from common.start import folders
 def find_base(name_or_path: str) -> Path:
     """The base's local folder, or the hub's download of it. ValueError when it is neither."""
     path = Path(name_or_path)
-    if (path / "config.json").is_file():
-        return path
-    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith(("/", ".", "~")):
+    if not (path / "config.json").is_file() and (path.exists() or not folders.is_hub_name(name_or_path)):
         raise ValueError(
             f"pretrained_model_name_or_path {name_or_path!r} is no model folder: it has no config.json; "
             "give a folder as save_pretrained writes it, or a hub name"

@@ -132,13 +132,12 @@ class Config:
     )
 
     def check(self) -> None:
-        rules.at_least(self, 1, "max_length", "lora_rank", "lora_alpha", "lr_patience")
-        rules.at_least(self, 0, "max_nonfinite_steps", "validation_epochs", "max_validation_rows")
-        rules.at_least(self, 0, "min_lr", "min_val_loss")
-        rules.at_least(self, 64, "benchmark_tokens")
-        rules.within(self, 0, 1, "lora_dropout", "lr_warmup_ratio", "improvement_threshold")
-        if not 0 <= self.retention_ratio < 1:
-            raise ValueError(f"retention_ratio is a share from 0 to under 1, got {self.retention_ratio}")
+        rules.at_least(self, 1, "lora_alpha", "lr_patience")
+        rules.between(self, 1, 2**18, "max_length")
+        rules.between(self, 1, 4096, "lora_rank")
+        rules.between(self, 64, 2**18, "benchmark_tokens")
+        rules.within(self, 0, 1, "lr_warmup_ratio", "improvement_threshold")
+        rules.under_one(self, "lora_dropout", "retention_ratio")
         if not 0 < self.lr_reduction_factor < 1:
             raise ValueError(f"lr_reduction_factor must be between 0 and 1, got {self.lr_reduction_factor}")
         if not 32 * 32 <= self.min_pixels <= self.max_pixels:

@@ -67,9 +67,9 @@ class Settings:
     """height and width of every target, in place of image_sample_size and random_hw_adapt"""
 
     def check(self) -> None:
-        rules.at_least(self, 0, "max_train_samples")
-        if len(self.fix_sample_size) not in (0, 2) or min(self.fix_sample_size, default=16) < 16:
-            raise ValueError(f"fix_sample_size is a height and a width of at least 16, got {self.fix_sample_size}")
+        sides = self.fix_sample_size
+        if len(sides) not in (0, 2) or not all(16 <= side <= 8192 for side in sides):
+            raise ValueError(f"fix_sample_size is a height and a width from 16 to 8192, got {rules.short(sides)}")
 
 
 def apply(

@@ -35,6 +35,10 @@ export LAUNCH=${LAUNCH:-single}
 [[ -f $recipe/accelerate/$LAUNCH.yaml ]] || die "no launch file '$LAUNCH', there are: $(names "$recipe/accelerate")"
 kind=$(sed -n "s/^distributed_type:[[:space:]]*'\{0,1\}\([A-Z_]*\).*/\1/p" "$recipe/accelerate/$LAUNCH.yaml")
 
+whole() { [[ -z ${!1-} || ${!1} =~ ^(0|[1-9][0-9]{0,4})$ && ${!1} -ge $2 && ${!1} -le $3 ]] ||
+    die "$1 is '${!1}', expected a whole number from $2 to $3"; }
+whole NPROC 1 256; whole NNODES 1 9999; whole NODE_RANK 0 $((${NNODES:-1} - 1)); whole MASTER_PORT 0 65535
+
 # ---- Python, this machine ----
 python=$(bash "$root/setup.sh")
 export PATH="$(dirname "$python"):$PATH"   # DeepSpeed calls ninja
@@ -79,6 +83,7 @@ fi
 for arg; do   # asks only: one process, whatever the launch file starts
     if [[ ${arg//-/_} == __plan ]]; then WORLD_SIZE=$world exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 done
+[[ $gpus -eq 0 || $NPROC -le $gpus ]] || die "NPROC is $NPROC and this machine has $gpus GPUs, expected one process a GPU at most"
 # ---- run. Exit codes: 2 a mistake, 74 a full disk, 75 stopped as asked by TERM, HUP, USR1 or Ctrl-C (resume me) ----
 if [[ $LAUNCH == single ]]; then exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 # a stop must leave time for a step and a save, not 30 seconds

@@ -90,8 +90,9 @@ class Config:
 
     def check(self) -> None:
         rules.multiple_of(self, "image_sample_size", 16, "VAE 8 x packing 2")
-        rules.at_least(self, 1, "vae_mini_batch", "benchmark_prompt_tokens")
-        rules.at_least(self, 0, "validation_epochs", "benchmark_sources")
+        rules.between(self, 16, 8192, "image_sample_size")
+        rules.between(self, 1, 4096, "vae_mini_batch", "benchmark_prompt_tokens")
+        rules.between(self, 0, 64, "benchmark_sources")
         from_videox_fun.apply(self.videox_fun, self.tuning, self.lora, self.flow)
         if self.random_hw_adapt and self.image_sample_size < edits.smallest_side(self):
             raise ValueError(

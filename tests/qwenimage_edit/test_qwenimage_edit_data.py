@@ -376,7 +376,7 @@ def test_8bit_adam_is_one_optimizer(train, settings, monkeypatch):
         (dict(lora_rank=4, lora_dropout=1), "lora_dropout is a share from 0 to under 1, got 1"),
         (dict(base_precision="nf4"), "base_precision nf4 is for a frozen base.*add --lora_rank 32"),
         (dict(target_name="to_q"), "target_name and lora_skip_name are for LoRA; add --lora_rank"),
-        (dict(fix_sample_size=(512,)), "fix_sample_size is a height and a width of at least 16, got .512,"),
+        (dict(fix_sample_size=(512,)), "fix_sample_size is a height and a width from 16 to 8192, got .512,"),
         (dict(weighting_scheme="cosmap", timestep_sampling="mode"), "means --timestep_sampling uniform.*got mode"),
         (dict(max_train_samples=-1), "max_train_samples must be at least 0, got -1"),
     ],
