@@ -12,14 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: a test that tries fails at once
 
-import hypothesis
 import pytest
 import torch
 from data_files import png
 
-# the same examples every time
-hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=300)
-hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # small shapes gain nothing from more, and stall when the cores are shared
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_files import hostile_bytes, hostile_rows, png, write_hostile_files, write_tar
-from hypothesis import given
-from hypothesis import strategies as st
+from properties import given, st
 
 from common.data.check import check_records
 from common.data.images import check_image

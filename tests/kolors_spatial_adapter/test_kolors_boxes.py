@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from data_files import hostile_bytes, hostile_rows, write_hostile_files
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from properties import given, st
 
 from common.data.cache import EmbeddingCache
 from common.data.check import check

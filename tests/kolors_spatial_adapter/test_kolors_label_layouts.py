@@ -12,9 +12,8 @@ import pytest
 import torch
 from data_files import hostile_bytes, hostile_rows
 from helpers import ROOT, Launched, load_script, run_command, start_command
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from properties import given, st
 
 from tiny import shapes
 
