@@ -13,6 +13,7 @@ from common.start.config import parse_recipe
 
 MEMORY, TIME = 0.08, 0.15  # shares that the plan may be wrong by
 UNMET = {  # by more than that, and why
+    ("qwenimage_fulltune", "| NF4 (`lora_24gb`) |", "s/sample"): "waits for launches of 4-bit operators: unknown",
     ("qwen3vl_qlora", "| | 8 |", "gib"): "measured before norms handed on half precision: 26.5 GiB, and 23.0 since",
     (
         "kolors_spatial_adapter",
@@ -36,13 +37,23 @@ class Bench:
 
 
 LORA = "--lora_rank 32 --lora_alpha 32 --optimizer adamw --no_gradient_release --train_batch_size 1"
+NF4 = f"{LORA} --base_precision nf4 --max_grad_norm 1 --gradient_checkpointing"
 FSDP2 = "--optimizer flash_adamw --no_gradient_release --max_grad_norm 1"
 BENCHES = [
     Bench("qwenimage_fulltune", "| 1 x H100 80GB | single, adafactor with gradient release | 4 |"),
     Bench("qwenimage_fulltune", "| 1 x H100 80GB | the same | 1 |", "--train_batch_size 1"),
+    Bench(
+        "qwenimage_fulltune",
+        "| 1 x H100 80GB | the same, `--no_gradient_checkpointing` |",
+        "--train_batch_size 1 --no_gradient_checkpointing",
+    ),
     Bench("qwenimage_fulltune", "| 2 x H200 | fsdp2, flash_adamw, clipped |", FSDP2, "fsdp2", 2, "H200"),
     Bench("qwenimage_fulltune", "| H100 80GB, capped to 22.5 GiB |", "--stream_blocks -1"),
     Bench("qwenimage_fulltune", "| the same | the same | 8 |", "--stream_blocks -1 --train_batch_size 8"),
+    Bench("qwenimage_fulltune", "| NF4 (`lora_24gb`) |", NF4),
+    Bench("flux2klein_fulltune", "| NF4 (`lora_24gb`) |", NF4),
+    Bench("qwenimage_edit", "| NF4 (`lora_24gb`), one source |", NF4),
+    Bench("qwenimage_edit", "| bf16 (`lora`), one source |", LORA),
     Bench("flux2klein_fulltune", "| adafactor (config `bench`) |"),
     Bench("flux2klein_fulltune", "| flash_adamw | 1 | no |", "--optimizer flash_adamw --train_batch_size 1"),
     Bench(
@@ -115,7 +126,7 @@ sizes = {}  # traced, by what they depend on
 
 def traced_once(run, cfg, model, sample, trial, checkpointing):
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sample.items())
-    modes, lora = getattr(cfg, "modes", ""), getattr(getattr(cfg, "lora", None), "lora_rank", 0)
+    modes, lora = getattr(cfg, "modes", ""), str(getattr(cfg, "lora", ""))
     compiled = cfg.speed.compile and not modes  # the UNet's parts are traced one operation after the other
     key = (shapes, modes, lora, checkpointing, compiled, cfg.batch.train_batch_size)
     if key not in sizes:
