@@ -57,7 +57,9 @@ if __name__ == "__main__":
     elif not at.endswith("s"):
         go_wrong_at_step(kind, rank, int(at))
     elif os.environ.get("RANK", "0") == rank:
-        threading.Timer(float(at[:-1]), go_wrong, [kind]).start()
+        timer = threading.Timer(float(at[:-1]), go_wrong, [kind])
+        timer.daemon = True  # a run that is done before ends
+        timer.start()
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")

@@ -17,7 +17,7 @@ from common.model.loading import safetensors_reader
 from common.model.streaming import at_home
 from common.processes import DiskFull, Run
 from common.progress import stage
-from common.record import fsdp2, integrity, nvme
+from common.record import elastic, fsdp2, integrity, nvme
 from common.record.folder import STATE_FILE, list_checkpoints, read_state
 from common.record.saved_weights import AVERAGED_NAMES
 from common.settings import Shared
@@ -187,25 +187,12 @@ def load_checkpoint(
 ) -> dict:
     """Put weights, optimizer and average back as saved and return the state.
 
-    ValueError where the strategy cannot read this checkpoint.
+    ValueError where this run cannot be made of this checkpoint.
     """
     state = read_state(folder)
-    if _family(state) != _family({"strategy": run.strategy, "launch": run.launch}):
-        raise ValueError(
-            f"{folder} was saved by LAUNCH={state['launch']} and this run is {run.launch}: resume with "
-            f"LAUNCH={state['launch']}, or start a new run with --transformer_path OUTPUT_DIR/export/transformer "
-            "(for DeepSpeed without an export: `python -m common.zero_to_bf16`)"
-        )
-    per_rank_state = run.strategy.startswith("zero") or (
-        run.strategy == "fsdp2" and not (folder / "optimizer").is_dir()
-    )
-    if state["world_size"] != run.world_size and (per_rank_state or (ema is not None and run.sharded)):
-        raise ValueError(
-            f"{folder} holds the {run.strategy} optimizer state of {state['world_size']} processes, one part each, "
-            f"and this run has {run.world_size}: resume with NPROC={state['world_size']}, "
-            "or start a new run from the exported weights"
-        )
-    if run.strategy.startswith("zero"):
+    if moved := elastic.is_needed(run, folder, ema):
+        elastic.load(run, folder, model, optimizer, ema)
+    elif run.strategy.startswith("zero"):
         _load_deepspeed(run, folder, model)
     elif run.strategy == "fsdp2":
         fsdp2.load(run, folder, model, optimizer, has_frozen(model))
@@ -217,7 +204,7 @@ def load_checkpoint(
         run.barrier()  # streamed blocks are the same memory for all processes
     if run.accelerator.scaler is not None and (folder / "scaler.pt").is_file():
         run.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt"))
-    if ema is not None:
+    if ema is not None and not moved:
         file = folder / f"ema_rank{run.rank if run.sharded else 0}.pt"
         if not file.is_file():
             raise ValueError(
@@ -257,10 +244,3 @@ def _load_deepspeed(run: Run, folder: Path, engine: nn.Module) -> None:
     nvme.before_load(engine.optimizer)
     engine.load_checkpoint(str(folder), tag="deepspeed")
     nvme.after_load(engine.optimizer, torch.load(folder / f"nvme_rank{run.rank}.pt", map_location="cpu"))
-
-
-def _family(state: dict) -> str:
-    """Checkpoints of one family can be read by each other's strategies."""
-    if state["launch"].endswith("_nvme"):
-        return "zero3_nvme"
-    return "replicated" if state["strategy"] in ("single", "ddp") else state["strategy"]

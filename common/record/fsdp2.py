@@ -26,7 +26,7 @@ def save(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     if _is_quantised(optimizer):
         torch.save(_local_state(optimizer), folder / f"optimizer_rank{run.rank}.pt")
     else:
-        dcp.save(get_optimizer_state_dict(model, _bare(optimizer)), checkpoint_id=folder / "optimizer")
+        dcp.save(get_optimizer_state_dict(model, bare(optimizer)), checkpoint_id=folder / "optimizer")
 
 
 def load(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: bool) -> None:
@@ -44,26 +44,26 @@ def load(run: Run, folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     dcp.load(weights, checkpoint_id=folder / "model")
     set_model_state_dict(model, weights, options=StateDictOptions(strict=not frozen))
     if (folder / "optimizer").is_dir():
-        moments = get_optimizer_state_dict(model, _bare(optimizer))
+        moments = get_optimizer_state_dict(model, bare(optimizer))
         # parameters that never got a gradient (a last block's text branch) have no saved moments
         dcp.load(moments, checkpoint_id=folder / "optimizer", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
-        set_optimizer_state_dict(model, _bare(optimizer), moments)
+        set_optimizer_state_dict(model, bare(optimizer), moments)
     else:
-        _bare(optimizer).load_state_dict(torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu"))
+        bare(optimizer).load_state_dict(torch.load(folder / f"optimizer_rank{run.rank}.pt", map_location="cpu"))
 
 
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _is_quantised(optimizer: torch.optim.Optimizer) -> bool:
-    return type(_bare(optimizer)).__module__.startswith("flashoptim")
+    return type(bare(optimizer)).__module__.startswith("flashoptim")
 
 
 def _local_state(optimizer: torch.optim.Optimizer) -> dict:
     """flashoptim's state dict with this rank's local tensors: it would wrap them as DTensors for torch's distributed
     checkpoint, which refuses uneven shards, and they are saved rank by rank here."""
-    bare = _bare(optimizer)
-    with mock.patch.object(type(bare), "_wrap_state_as_dtensor", staticmethod(lambda state, parameter: None)):
-        return bare.state_dict()
+    inner = bare(optimizer)
+    with mock.patch.object(type(inner), "_wrap_state_as_dtensor", staticmethod(lambda state, parameter: None)):
+        return inner.state_dict()

@@ -34,7 +34,7 @@ def open_weights(checkpoint: Path, average: bool) -> SavedWeights:
     if strategy.startswith("zero"):
         saved = _of_deepspeed(checkpoint)
     elif strategy == "fsdp2":
-        saved = _of_fsdp2(checkpoint / "model")
+        saved = SavedWeights(*tensors_of_dcp(checkpoint / "model"))
     else:
         saved = _of_safetensors(checkpoint / "model")
     return _averaged(checkpoint, saved, strategy) if average and has_average(checkpoint) else saved
@@ -59,20 +59,21 @@ def _of_safetensors(folder: Path) -> SavedWeights:
     return SavedWeights({name: shapes[name] for name in files}, lambda name: read(name, shapes[name], slice(None)))
 
 
-def _of_fsdp2(folder: Path) -> SavedWeights:
+def tensors_of_dcp(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """(shapes by name, reader) of what torch's distributed checkpoint saved."""
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(folder)
     metadata = reader.read_metadata()
     reader.read_metadata = lambda *_, **__: metadata  # each load would read it again
-    entries = metadata.state_dict_metadata
+    entries = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
 
     def read(name: str) -> Tensor:
         tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
         dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
-    return SavedWeights({name: tuple(entry.size) for name, entry in entries.items()}, read)
+    return {name: tuple(entry.size) for name, entry in entries.items()}, read
 
 
 def _of_deepspeed(checkpoint: Path) -> SavedWeights:

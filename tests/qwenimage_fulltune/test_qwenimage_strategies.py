@@ -245,6 +245,29 @@ def test_fsdp2_goes_on_with_another_number_of_processes(runs):
     assert largest_difference(column(resumed, "latents_mean"), expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("source", "strategy", "processes"),
+    [("zero3", "zero3", 1), ("zero3", "fsdp2", 4), ("single", "zero3", 2), ("fsdp2", "single", 1)],
+)
+def test_a_checkpoint_goes_on_elsewhere(runs, source, strategy, processes):
+    """Catches weights, moments, step counts or averages that are lost, cut or put together wrongly under another
+    launch file or number of processes: the losses are those of the straight run, and so is what is exported."""
+    straight = runs.reference() if source == "single" else runs.full(source)
+    flags = ["--resume_from_checkpoint", straight / f"checkpoint-{SAVED}", *AVERAGED, "--export_model"]
+    flags += ["--train_batch_size", 4, "--gradient_accumulation_steps", 4 // processes]
+    name = f"{source}_on_{strategy}_{processes}"
+    if strategy == "single":
+        resumed = runs.single(name, *flags)
+    else:
+        resumed = runs.launched(name, strategy, *flags, processes=processes)
+    for name in ("loss", "grad_norm"):
+        expected = column(straight, name, from_step=SAVED + 1)
+        assert largest_difference(column(resumed, name), expected) < 1e-5, name
+    expected = column(straight, "latents_mean", SAVED + 1)
+    assert column(resumed, "latents_mean") == pytest.approx(expected, abs=1e-6, rel=0)
+    assert_equal_within_bf16(weights(resumed / "export/transformer"), weights(straight / "export/transformer"))
+
+
 def test_sigterm_to_two_processes(runs, recipe, config, tmp_path):
     """Catches a stop signal on which the processes disagree, hang or die unsaved: they save one step, and resume
     exactly."""
