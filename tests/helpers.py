@@ -1,6 +1,7 @@
 """What the tests of every recipe share: loading a recipe's scripts, running it in this process or through `accelerate
 launch`."""
 
+import ast
 import atexit
 import contextlib
 import fcntl
@@ -24,6 +25,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -326,6 +328,20 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of metrics.jsonl or validation.jsonl; path is the file or the run's folder."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def read_card(folder: Path, run: Path, step: int) -> str:
+    """The model card in a folder that a run wrote at this step: its front matter and Python parse, its losses are the
+    run's there, and no folder of this machine is named."""
+    text = (folder / "README.md").read_text()
+    _, head, body = text.split("---\n", 2)
+    assert set(yaml.safe_load(head)) <= {"base_model", "library_name"} and f"| steps | {step} of " in body
+    ast.parse(between(body, "```python", "```"))
+    for title, file, name in (("loss", "metrics", "loss"), ("held-out loss", "validation", "validation_loss")):
+        value = next(row[name] for row in read_rows(run / f"{file}.jsonl") if row["step"] == step)
+        assert f"| {title} | {value:.4g} |" in body, title
+    assert str(run.parent) not in text and tempfile.gettempdir() not in text
+    return text
 
 
 def column(path: Path, name: str = "loss", from_step: int = 1) -> dict[int, float]:

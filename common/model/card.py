@@ -16,15 +16,19 @@ pipeline.load_lora_weights(".")  # this folder, or its name on the hub
 image = pipeline("what the picture shows").images[0]"""
 
 
-def write_card(folder: Path, settings: Mapping[str, Any], step: int, recipe: str, load: str = "") -> None:
+def write_card(
+    folder: Path, settings: Mapping[str, Any], step: int, recipe: str, load: str = "", trained: str = ""
+) -> None:
     """README.md into an export's folder.
 
-    settings: the run's, flat; load: lines of Python, those for diffusers when not given.
+    settings: the run's, flat; load: lines of Python with {base} for the base's name, those for diffusers when not
+    given; trained: what was trained, a full fine-tune or LoRA by lora_rank when not given.
     """
     run_folder, base = Path(settings.get("output_dir", "")), settings.get("pretrained_model_name_or_path", "")
     shown_base, data = _public(base), _public(settings.get("train_data_dir") or "")
     rank = settings.get("lora_rank", 0)
-    trained = f"LoRA adapters of rank {rank}" if rank else "a full fine-tune"
+    trained = trained or (f"LoRA adapters of rank {rank}" if rank else "a full fine-tune")
+    library = next((name for name in ("peft", "transformers") if f"from {name} " in load), "diffusers")
     facts = {
         "base": shown_base,
         "trained": trained,
@@ -38,7 +42,7 @@ def write_card(folder: Path, settings: Mapping[str, Any], step: int, recipe: str
     kept = {name: value for name, value in settings.items() if value not in (None, "") and not _is_path(value)}
     head = [f"base_model: {base}"] if base == shown_base and "/" in base else []
     text = f"""---
-{chr(10).join([*head, "library_name: " + ("diffusers" if not load else "transformers")])}
+{chr(10).join([*head, f"library_name: {library}"])}
 ---
 
 # {run_folder.name or recipe}, step {step}
@@ -50,7 +54,7 @@ def write_card(folder: Path, settings: Mapping[str, Any], step: int, recipe: str
 {chr(10).join(lines)}
 
 ```python
-{load or _load(folder, rank, shown_base)}
+{load.replace("{base}", shown_base) or _load(folder, rank, shown_base)}
 ```
 
 <details><summary>all settings</summary>

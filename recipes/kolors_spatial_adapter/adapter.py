@@ -32,6 +32,14 @@ FREQUENCIES = 8  # of the Fourier features: 100^(k / 8), GLIGEN's
 GATE_SPEED = 10  # Adam moves every number by about the learning rate, and a gate of 1 is far away at 1e-4 a step
 INSIDE = 4.0  # what is first added to the attention logits inside a box
 WEIGHTS, CONFIG = "adapter_model.safetensors", "config.json"
+LOAD = """\
+import torch
+from adapter import draw, load_adapter  # adapter.py of the recipe that made it
+from diffusers import KolorsPipeline
+
+pipeline = KolorsPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)
+adapter = load_adapter(".", pipeline.unet)
+image = draw(pipeline, adapter, "a cat on a chair", [{"phrase": "a cat", "bbox": [0.2, 0.1, 0.6, 0.5]}])"""
 Injection = Literal["cross_attention", "gated_self_attention"]
 
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(RECIPE), str(next(folder for folder in RECIPE.parents if (fo
 import common.quiet  # noqa: F401, isort: skip
 import layouts
 import torch
-from adapter import draw_embedded, gate_values, read_config, save_adapter, start_adapter
+from adapter import LOAD, draw_embedded, gate_values, read_config, save_adapter, start_adapter
 from boxes import flip_boxes, show_boxes
 from diffusers import AutoencoderKL, KolorsPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -40,6 +40,7 @@ from common import image_settings, rules, settings
 from common.data import cache, check, images, loader, manifest, order
 from common.data.cache import EmbeddingCache
 from common.model import loading
+from common.model.card import write_card
 from common.model.ema import evaluating
 from common.processes import Run
 from common.record import checkpoint, metrics, pictures
@@ -416,9 +417,11 @@ def draw_pictures(run: Run, cfg: Config, models: Models, data: loader.Data, fold
 
 
 def export(run: Run, cfg: Config, model: SpatialModel) -> None:
-    """export/adapter: what load_adapter reads."""
+    """export/adapter: what load_adapter reads, and a model card."""
     if run.is_main:
-        save_adapter(model.adapter, Path(cfg.run.output_dir) / "export" / "adapter")
+        folder = Path(cfg.run.output_dir) / "export" / "adapter"
+        save_adapter(model.adapter, folder)
+        write_card(folder, rules.flat(cfg), cfg.batch.max_train_steps, RECIPE.name, LOAD, "a spatial adapter")
     run.barrier()
 
 

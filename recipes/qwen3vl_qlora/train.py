@@ -11,7 +11,6 @@ share are in common/settings.py.
 """
 
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from conversations import IGNORE_INDEX, Conversations, Row, collate, encode, loa
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_base import empty_base, find_base, load_base, prepare_base, random_base
 from qwen3vl_names import SECOND_NAMES
+from saved_adapters import write_adapters
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
@@ -374,9 +374,9 @@ def validate(run: Run, cfg: Config, models: Models, data: loader.Data, step: int
                 row |= {f"{name}_loss": measured[0], f"{name}_accuracy": measured[1]}
     if step:
         schedule = plateau.decide(schedule, row, cfg)
-        if schedule.best_step == step:
-            save_adapters(run, cfg, models, "best")
     plateau.record(run, cfg, models.state, schedule, row)
+    if step and schedule.best_step == step:
+        save_adapters(run, cfg, models, "best", step)
     if schedule.stop_reason:
         run.request_stop(schedule.stop_reason)
 
@@ -384,24 +384,19 @@ def validate(run: Run, cfg: Config, models: Models, data: loader.Data, step: int
 # ---------------------------------------------------------------- saving
 
 
-def save_adapters(run: Run, cfg: Config, models: Models, name: str) -> None:
-    """<output_dir>/<name>: adapters as peft reads them, and the processor with this run's image sizes and template."""
+def save_adapters(run: Run, cfg: Config, models: Models, name: str, step: int) -> None:
+    """<output_dir>/<name>: what write_adapters writes of this step."""
     if run.is_main:
-        folder = Path(cfg.run.output_dir) / name
-        partial = folder.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        run.unwrap(models.model).save_pretrained(partial)
-        models.processor.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        folder, model = Path(cfg.run.output_dir) / name, run.unwrap(models.model)
+        write_adapters(folder, model, models.processor, rules.flat(cfg), step)
     run.barrier()
 
 
-def save_results(run: Run, cfg: Config, models: Models) -> None:
+def save_results(run: Run, cfg: Config, models: Models, step: int) -> None:
     """final/, and best/ where nothing was validated."""
-    save_adapters(run, cfg, models, "final")
+    save_adapters(run, cfg, models, "final", step)
     if plateau.schedule_of(models.state).best is None:
-        save_adapters(run, cfg, models, "best")
+        save_adapters(run, cfg, models, "best", step)
 
 
 def evaluate_best(run: Run, cfg: Config) -> None:
@@ -477,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
 
     has_result = meter.close(step)
     if has_result:
-        save_results(run, cfg, models)
+        save_results(run, cfg, models, step)
     run.end()  # nothing collective may follow
     if has_result:
         evaluate_best(run, cfg)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import column, largest_difference, load_script, read_rows, run_main
+from helpers import column, largest_difference, load_script, read_card, read_rows, run_main
 from PIL import Image
 from safetensors.torch import load_file
 from sampling import assert_same_picture, differ, sample
@@ -56,6 +56,14 @@ def test_checkpoints_and_exports_are_adapters(straight, adapter_module, pipeline
         assert torch.equal(weight, same), name
     assert not torch.equal(earlier.grounding.mlp[0].weight, last.grounding.mlp[0].weight)
     assert all(value != 0 for value in adapter_module.gate_values(exported).values())
+
+
+@pytest.mark.slow
+def test_the_export_has_a_card(straight, model_folder, adapter_module):
+    """Catches an export that does not say what it is, or how to load it."""
+    text = read_card(straight / "export/adapter", straight, STEPS)
+    assert "library_name: diffusers" in text and "A spatial adapter of " + model_folder.name in text
+    assert all(hasattr(adapter_module, name) for name in ("draw", "load_adapter")) and "load_adapter(" in text
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ ONE_PROCESS = SimpleNamespace(
     unwrap=lambda model: model,
     share_of=lambda items: items,
     barrier=lambda: None,
+    progress=lambda items, title: items,
 )
 
 
@@ -356,7 +357,7 @@ def test_saved_adapters_open_with_peft(train, model_folder, processor, samples, 
     model = adapted(train, model_folder).eval()
     models = models_of(train, model)
     models.processor = processor
-    train.save_adapters(ONE_PROCESS, settings(train, output_dir=tmp_path), models, "best")
+    train.save_adapters(ONE_PROCESS, settings(train, output_dir=tmp_path), models, "best", 1)
     names = {path.name for path in (tmp_path / "best").iterdir()}
     assert {
         "adapter_model.safetensors",

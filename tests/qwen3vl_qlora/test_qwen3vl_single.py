@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import column, largest_difference, read_rows, run_main
+from helpers import column, largest_difference, read_card, read_rows, run_main
 from safetensors.torch import load_file
 
 from common.record.checkpoint import State
@@ -145,6 +145,15 @@ def test_validation_is_without_dropout(train, config, model_folder, processor, d
 # ---- best and final
 
 
+def test_best_and_final_have_a_card(straight, model_folder):
+    """Catches peft's empty card, one of another step, and one that was written before its validation was."""
+    best_step = json.loads((straight / "training_history.json").read_text())["best_step"]
+    for name, step in (("best", best_step), ("final", 8)):
+        text = read_card(straight / name, straight, step)
+        assert "library_name: peft" in text and f"LoRA adapters of rank 8 of {model_folder.name}" in text, name
+        assert f'from_pretrained("{model_folder.name}"' in text and 'PeftModel.from_pretrained(base, ".")' in text
+
+
 def test_best_is_the_best(train, config, straight, tmp_path):
     """Catches best/ that is the last, the first, or of another metric."""
     rows = read_rows(straight / "validation.jsonl")[1:]
@@ -157,6 +166,7 @@ def test_best_is_the_best(train, config, straight, tmp_path):
         with mock.patch.object(train, "load_all_rows", without_retention(train.load_all_rows)):
             run_main(train, argv)
     assert json.loads((tmp_path / "training_history.json").read_text())["best_step"] == 2, "the first of equals"
+    assert "step 2\n" in read_card(tmp_path / "best", tmp_path, 2)
     saved = {}
     for file in (tmp_path / "checkpoint-2/model").glob("*.safetensors"):
         saved |= load_file(file)
