@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from helpers import assert_equal_weights, column, read_rows, run_main, weights
+from helpers import assert_equal_weights, column, launch, read_rows, run_main, weights
 from torch import nn
 
 from common.model import adapters, loading
@@ -24,19 +24,24 @@ ONE_PROCESS = SimpleNamespace(
 )  # fmt: skip
 
 
-def lora_run(train: ModuleType, config: Path, folder: Path, *flags: object) -> Path:
-    """Six steps with checkpoints at the third and the last, validation at the start and the end, an export."""
-    run_main(train, ["--config", config, "--output_dir", folder, *FLAGS, *flags])
+def lora_run(train: ModuleType, config: Path, folder: Path, *flags: object, strategy: str = "") -> Path:
+    """Six steps with checkpoints at the third and the last, validation at the start and the end, an export. strategy:
+    of two processes, each with half of the 16 samples; in this process without one."""
+    argv = ["--config", config, "--output_dir", folder, *FLAGS, *flags]
+    if strategy:
+        launch(Path(train.__file__).parent, strategy, 2, [*argv, "--train_batch_size", 8]).check()
+    else:
+        run_main(train, argv)
     return folder
 
 
-def check_resume(train: ModuleType, config: Path, run: Path, *flags: object) -> None:
+def check_resume(train: ModuleType, config: Path, run: Path, *flags: object, strategy: str = "") -> None:
     """The last three steps once more, from the checkpoint before them: losses and file are equal to the last bit."""
     rows, file, saved = read_rows(run), weights(run / "export/lora"), weights(run / f"checkpoint-{STEPS}/model")
     assert saved and all(".lora_" in name for name in saved), "a checkpoint holds adapters alone"
     shutil.rmtree(run / f"checkpoint-{STEPS}")
     shutil.rmtree(run / "export")
-    lora_run(train, config, run, *flags, "--resume_from_checkpoint", "latest")
+    lora_run(train, config, run, *flags, "--resume_from_checkpoint", "latest", strategy=strategy)
     for name in ("loss", "grad_norm"):
         assert column(run, name) == {row["step"]: row[name] for row in rows}, name
     assert len({row["loss"] for row in rows}) == STEPS

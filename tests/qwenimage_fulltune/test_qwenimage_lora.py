@@ -1,5 +1,5 @@
 """LoRA on a base in bf16 and in 4 bits: exact resume, the file in the unmodified pipeline, 4 bits against the whole
-base."""
+base, two processes against one."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,8 @@ import lora_runs
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import column, largest_difference
+from helpers import assert_equal_within_bf16, column, largest_difference, weights
+from strategies import assert_same_losses, assert_same_validation
 
 from common.model import adapters, loading
 from common.start.folders import part_config
@@ -56,6 +57,21 @@ def test_resume_is_exact(runs, precision, train, config):
 def test_learned_on_4_bits_holds_on_the_whole_base(runs, train, config, tmp_path):
     """Catches adapters that only mend what 4 bits broke."""
     lora_runs.check_on_the_whole_base(train, config, runs["nf4"], tmp_path / "whole")
+
+
+def test_two_sharded_processes_are_one(runs, train, config, tmp_path):
+    """Catches adapters whose gradients are not averaged, that begin otherwise on each process, or that an export of
+    shards leaves out."""
+    ours = lora_runs.lora_run(train, config, tmp_path / "fsdp2", *FLAGS["bf16"], strategy="fsdp2")
+    assert_same_losses(ours, runs["bf16"], "fsdp2")
+    assert_same_validation(ours, runs["bf16"], lora_runs.STEPS, {"000.png", "001.png", "002.png", "grid.png"}, set())
+    assert_equal_within_bf16(weights(ours / "export/lora"), weights(runs["bf16"] / "export/lora"))
+
+
+def test_resume_on_4_bits_with_two_processes(train, config, tmp_path):
+    """Catches processes that each have another base in 4 bits after a resume, or dropout that goes on elsewhere."""
+    run = lora_runs.lora_run(train, config, tmp_path / "ddp", *FLAGS["nf4"], strategy="ddp")
+    lora_runs.check_resume(train, config, run, *FLAGS["nf4"], strategy="ddp")
 
 
 def test_a_base_in_main_memory(runs, train, config, tmp_path):
