@@ -44,6 +44,9 @@ class Run:
     """project name at the tracker; the recipe folder's name when empty"""
     plan: bool = False
     """say what the run needs of memory, disk and time, and which settings fit, and stop; needs no data and no model"""
+    dry_run: bool = False
+    """check the data, encode and draw the first micro-batch, measure its losses, write it all to dry_run.html, and
+    stop; no step is taken and no earlier result is touched"""
     gpus: str = ""
     """the machine to plan for, 4x24 for four GPUs of 24 GB; this one when not given"""
     ignore_plan: bool = False

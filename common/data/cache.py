@@ -134,12 +134,14 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._entries.keys() | self._buffer.keys())
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that must be encoded, each once, in order; says how many are, and what on disk is of no use."""
+    def missing(self, keys: Iterable[str], are_all: bool = True) -> list[str]:
+        """The keys that must be encoded, each once, in order; says how many are, and, where they are all that is
+        wanted, what on disk is of no use."""
         wanted = dict.fromkeys(keys)
         result = [key for key in wanted if key not in self]
         self._say(f"{len(wanted) - len(result)} entries reused, {len(result)} to encode")
-        self._mention_unused([entry for key, entry in self._entries.items() if key not in wanted])
+        if are_all:
+            self._mention_unused([entry for key, entry in self._entries.items() if key not in wanted])
         return result
 
     def _mention_unused(self, unused: list[Entry]) -> None:
@@ -202,7 +204,7 @@ def open_cache(
 def encode_missing(run: Run, cache: EmbeddingCache, items: dict[str, Any], encode: Callable[[dict], None]) -> None:
     """Call encode({key: item}) with this process's share of what the cache lacks of `items`; what that loaded then
     leaves memory. Every process calls it, and finds afterwards what all have added."""
-    missing = on_main(run, cache.missing, list(items))
+    missing = on_main(run, cache.missing, list(items), not run.first_rows)
     with filling(run, cache):
         if missing:
             encode({key: items[key] for key in run.share_of(missing)})

@@ -42,7 +42,8 @@ def load_records(
             return hold_out(check(cfg, records, known_good, row_problem, **checks), held_out, cfg.run.seed)
 
     held_out = cfg.drawing.num_validation_samples
-    return on_main(run, load)
+    train, unseen = on_main(run, load)
+    return train, [] if cfg.run.dry_run else unseen
 
 
 def check(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.data.cache import EmbeddingCache
 from common.data.order import MicroBatchSampler, Place
 from common.processes import Run
-from common.settings import Batch
+from common.settings import Batch, Shared
 
+Row = TypeVar("Row")
 RANDOM_ROWS = 64  # of a benchmark
 
 
@@ -94,6 +95,19 @@ def collate(samples: Sequence[dict]) -> dict:
     if "position" in batch:
         batch |= {"step": batch["step"][0], "group_size": batch["group_size"][0], "positions": batch.pop("position")}
     return batch
+
+
+def rows_to_encode(
+    run: Run, cfg: Shared, rows: Sequence[Row], bucket_ids: Sequence, shape_ids: Sequence | None = None
+) -> dict[int, Row]:
+    """{number: row} of all rows; in a dry run those of the first micro-batch, which are its first_rows. bucket_ids,
+    shape_ids: of the rows to train on, which come first."""
+    if not cfg.run.dry_run:
+        return dict(enumerate(rows))
+    data = Data(RandomSamples(dict), bucket_ids, shape_ids)
+    places = next(iter(make_sampler(data, cfg.batch, run, cfg.run.seed, (), 0)))
+    run.first_rows = {place.sample: rows[place.sample] for place in places}
+    return run.first_rows
 
 
 def make_sampler(

@@ -2,9 +2,7 @@
 elsewhere: pictures are in it, and so is plotly.js where plotly is installed."""
 
 import functools
-import json
 import shlex
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from common.progress import a_second, by_stage
 from common.record.folder import list_checkpoints, read_rows, write_atomically
 from common.record.pictures import smoothed
 from common.record.report_figures import before_and_after, charts, drawn_curves, evaluations, pictures, widest
-from common.record.report_parts import Recorded, each, read_run, section, table, text
+from common.record.report_parts import Recorded, each, page, read_run, section, table, text
 
 REPORT = "report.html"
 
@@ -32,13 +30,7 @@ def report(runs: Sequence[Recorded]) -> str:
     body += [section("Time", each(runs, time_by_stage)), section("Settings", settings(runs))]
     body += [section("Data", each(runs, data)), section("Hardware and versions", each(runs, hardware))]
     body += [section("What to do next", each(runs, commands))]
-    return string.Template((Path(__file__).with_name("report_page.html")).read_text()).substitute(
-        title=text(" and ".join(run.name for run in runs)),
-        columns="200px" if widest(runs) == 1 else "340px",
-        body="\n".join(filter(None, body)),
-        charts=json.dumps(curves).replace("</", "<\\/"),
-        plotly=script,
-    )
+    return page(" and ".join(run.name for run in runs), body, 200 if widest(runs) == 1 else 340, curves, script)
 
 
 @functools.cache

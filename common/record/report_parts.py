@@ -5,6 +5,7 @@ import functools
 import html
 import io
 import json
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,17 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
+def page(title: str, body: Sequence[str], columns: int = 200, charts: Sequence[dict] = (), script: str = "") -> str:
+    """The whole file. columns: pixels of a picture with its caption; charts: what script, plotly's, draws."""
+    return string.Template((Path(__file__).with_name("report_page.html")).read_text()).substitute(
+        title=text(title),
+        columns=f"{columns}px",
+        body="\n".join(filter(None, body)),
+        charts=json.dumps(charts).replace("</", "<\\/"),
+        plotly=script,
+    )
+
+
 def section(title: str, content: str) -> str:
     """ "" without content."""
     return f"<section><h2>{title}</h2>\n{content}\n</section>" if content else ""
@@ -72,16 +84,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: bool =
 
 @functools.lru_cache(maxsize=2048)
 def _jpeg(path: Path, changed: float, side: int) -> tuple[str, bool]:
-    image = Image.open(path).convert("RGB")
-    small = max(image.size) <= 128
+    return _encoded(Image.open(path), side)
+
+
+def _encoded(image: Image.Image, side: int) -> tuple[str, bool]:
+    """(JPEG of at most `side` pixels in base64, whether it was small already)."""
+    image, small = image.convert("RGB"), max(image.size) <= 128
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     written = io.BytesIO()
     image.save(written, "JPEG", quality=85)
     return base64.b64encode(written.getvalue()).decode(), small
 
 
-def img(path: Path, alt: str, side: int = SIDE, whole: bool = False) -> str:
+def img(path: Path | Image.Image, alt: str, side: int = SIDE, whole: bool = False) -> str:
     """The picture itself, at most `side` pixels."""
-    data, small = _jpeg(path, path.stat().st_mtime, side)
+    known = isinstance(path, Path)
+    data, small = _jpeg(path, path.stat().st_mtime, side) if known else _encoded(path, side)
     kind = "whole" if whole else "small" if small else ""
     return f'<img class="{kind}" alt="{text(alt)}" src="data:image/jpeg;base64,{data}">'

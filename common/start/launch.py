@@ -18,7 +18,7 @@ from common.processes import Run, device_name, on_main, stop
 from common.progress import stages
 from common.record.folder import check_optimizer_of, claim_output_dir, find_checkpoint
 from common.settings import Shared
-from common.start import lifeline, needs
+from common.start import dry_run, lifeline, needs
 from common.start.folders import resolve_paths
 from common.step.optimizers import GradientRelease, check_optimizer
 
@@ -46,13 +46,14 @@ def set_up(
         return planned(cfg, recipe_dir, argv, backwards)
     stages.begin()
     resolve_paths(cfg, recipe_dir, argv)
+    dealt_to = dry_run.set_apart(cfg) if cfg.run.dry_run else 0
     if cfg.run.memory_limit_gib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.run.memory_limit_gib / total))
     fsdp, uses_deepspeed = _read_launch_file(recipe_dir)
     world_size = _start_process_group(bool(fsdp) or uses_deepspeed)
     _handle_signals()  # until here there is nothing to save
-    _share_global_batch(cfg, world_size)
+    _share_global_batch(cfg, dealt_to or world_size)
     micro_steps = cfg.batch.gradient_accumulation_steps * backwards
     dtype = weights_dtype(cfg, uses_deepspeed)
     accelerator = _make_accelerator(cfg, uses_deepspeed, dtype, micro_steps, find_unused_parameters)
@@ -66,6 +67,7 @@ def set_up(
         strategy, offload = _fill_deepspeed_config(accelerator, cfg, world_size, micro_steps)
     cfg.run.launch = strategy + {"none": "", "cpu": "_offload", "nvme": "_nvme"}[offload]
     _refuse(cfg, strategy, offload, world_size)
+    cfg.batch.gradient_accumulation_steps *= dealt_to or 1  # one process: its first micro-batch is still rank 0's
     run = Run(
         accelerator=accelerator,
         strategy=strategy,
@@ -77,7 +79,7 @@ def set_up(
         weights_dtype=dtype,
         fsdp=fsdp,
         benchmark=cfg.run.benchmark,
-        validates=cfg.validation.validation_steps > 0 and not cfg.run.benchmark,
+        validates=cfg.validation.validation_steps > 0 and not (cfg.run.benchmark or cfg.run.dry_run),
         resume=None,
     )
     run.resume = on_main(run, find_checkpoint, cfg.run.output_dir, cfg.run.resume_from_checkpoint)

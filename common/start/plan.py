@@ -38,7 +38,7 @@ def check_size(
     """
     layout = Layout(run.strategy, "nvme" if "nvme" in run.launch else "cpu" if run.offload else "none")
     here = needs.available()
-    if here is None and not cfg.run.plan:
+    if not cfg.run.plan and (here is None or cfg.run.dry_run):
         return
     sample = random_sample(cfg, model_config, torch.Generator().manual_seed(RANDOM_ROWS))
     size_with = ways.once(partial(traced_size, on_meta(run), cfg, model, sample, trial))

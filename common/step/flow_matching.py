@@ -8,7 +8,8 @@ continues exactly.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,3 +121,18 @@ def squared_errors(velocity_pred: Tensor, target: Tensor) -> Tensor:
         f"{tuple(velocity_pred.shape)} predicted, {tuple(target.shape)} expected"
     )
     return (velocity_pred.float() - target.float()).pow(2).flatten(1).mean(dim=1)
+
+
+def errors_by_sigma(
+    sample_errors: Callable[..., Tensor], models: Any, batch: dict, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """{"sigma 0.1": (B,) errors, ...} of a batch at VALIDATION_SIGMAS, with the same noise at each, a function of its
+    positions: comparable between steps and runs. sample_errors(models, batch, latents, noise, sigma) is the recipe's.
+    """
+    latents = batch["latents"].to(device)  # (B, ...)
+    noise = draw_normal(sample_rngs(seed, 0, batch["positions"]), latents.shape[1:]).to(device)  # (B, ...)
+    sigmas = torch.tensor(VALIDATION_SIGMAS, device=device)
+    return {
+        f"sigma {value:g}": sample_errors(models, batch, latents, noise, sigma.expand(len(latents)))
+        for value, sigma in zip(VALIDATION_SIGMAS, sigmas, strict=True)
+    }

@@ -35,7 +35,7 @@ from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
 from common.processes import Run
 from common.record import checkpoint, metrics, pictures
-from common.start import config, folders, launch, plan
+from common.start import config, dry_run, folders, launch, plan
 from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
@@ -175,7 +175,8 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
     rows = train + held_out
     buckets = order.choose_buckets(rows, cfg.buckets.resolution, cfg.buckets.bucket_multiple)  # (width, height)
     keys = [embeddings.key(row, bucket) for row, bucket in zip(rows, buckets, strict=True)]
-    items: dict[str, cache.Item] = dict(zip(keys, zip(rows, buckets, strict=True), strict=True))
+    wanted = loader.rows_to_encode(run, cfg, rows, buckets[: len(train)], reference_images.shapes(train))
+    items: dict[str, cache.Item] = {keys[number]: (row, buckets[number]) for number, row in wanted.items()}
     items |= {embeddings.key(text): (text, None) for text in ("", *(text for text, _ in shown))}
     cache.encode_missing(run, embeddings, items, partial(encode, cfg, run, folder, embeddings))
     run.print(f"{len(train)} rows to train on, {len(held_out)} held out; {order.describe_buckets(buckets)}")
@@ -343,16 +344,12 @@ def validate(run: Run, cfg: Config, models: Models, data: loader.Data, step: int
 
 
 def held_out_errors(run: Run, cfg: Config, models: Models, data: loader.Data) -> list[Tensor]:
-    """Errors of this process's held-out rows at fixed sigmas, the same noise every time: comparable between steps and
-    runs."""
+    """Errors of this process's held-out rows at fixed sigmas, the same noise every time."""
     errors = []
     for index, row, counts in run.in_step(data.held_out):
-        batch = loader.collate([row])
-        latents = batch["latents"].to(run.device)  # (1, 128, H/16, W/16)
-        noise = fm.draw_normal(fm.sample_rngs(cfg.run.seed, 0, [index]), latents.shape[1:]).to(run.device)
-        for sigma in torch.tensor(fm.VALIDATION_SIGMAS, device=run.device).split(1):  # (1,) each
-            error = sample_errors(models, batch, latents, noise, sigma).mean()
-            errors += [error] * counts
+        batch = {**loader.collate([row]), "positions": [index]}
+        found = fm.errors_by_sigma(sample_errors, models, batch, cfg.run.seed, run.device)
+        errors += [error.mean() for error in found.values()] * counts
     return errors
 
 
@@ -423,6 +420,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, models.config)
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
+    if cfg.run.dry_run:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return dry_run.show_captioned(run, cfg, data, sampler, models, sample_errors, Flux2KleinPipeline, tokenizer)
     meter = metrics.start(run, cfg, state)  # the old run's files go now, when nothing can fail any more
     batches = meter.watch(loader.make_loader(data.dataset, sampler, cfg.data.dataloader_num_workers, cfg.run.seed))
     step = state.step

@@ -1,13 +1,23 @@
 """The frozen VAE and text encoder: rows become tensors before training, and validation decodes pictures."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from adapter import embed_phrase
+from boxes import flip_boxes, show_boxes
 from diffusers import AutoencoderKL, KolorsPipeline
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from layouts import draws, objects_in_bucket
 from modes import PROMPT_TOKENS
+from PIL import ImageOps
 from torch import Tensor
+
+from common.data.loader import Data
+from common.data.order import Place
+from common.processes import Run
+from common.start import dry_run
 
 
 class Encoders:
@@ -59,3 +69,21 @@ def variant(folder: Path) -> str | None:
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant(folder / "vae"))
     return vae.to(device).eval().requires_grad_(False)
+
+
+def sample_to_look_at(run: Run, cfg: Any, data: Data, folder: Path, place: Place) -> dry_run.Sample:
+    """For a dry run: a row with its boxes, cut to its bucket and mirrored as the step at `place` mirrors it."""
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder / "tokenizer")
+    encode = dry_run.reading(KolorsPipeline, tokenizer=tokenizer).encode_prompt
+    more = {"do_classifier_free_guidance": False, "max_sequence_length": PROMPT_TOKENS}
+    sample = dry_run.sample_of_row(run, cfg, data, partial(dry_run.prompt_seen, tokenizer, encode, **more), place)
+    record, bucket = run.first_rows[place.sample], data.bucket_ids[place.sample]
+    objects = objects_in_bucket(record, bucket, min(cfg.max_objects, cfg.slots()))
+    caption, image = sample.pictures.popitem()
+    if cfg.random_flip and draws(cfg.run.seed, place.step, [place.position])[1][3] < 0.5:
+        boxes = flip_boxes(torch.tensor([item["bbox"] for item in objects]).view(-1, 4)).tolist()
+        objects = [{**item, "bbox": box} for item, box in zip(objects, boxes, strict=True)]
+        caption, image = f"{caption}, mirrored in this step", ImageOps.mirror(image)
+    lost = len(record.extra["objects"]) - len(objects)
+    sample.pictures[f"{caption}; {len(objects)} boxes, {lost} cut away"] = show_boxes(image, objects)
+    return sample

@@ -23,6 +23,7 @@ from common.data.loader import of_place
 from common.data.manifest import Record
 from common.data.order import Place
 from common.data.row_files import read_file
+from common.step import flow_matching as fm
 
 IGNORE = -100  # behind a phrase's end
 MAX_PHRASE_TOKENS = 31  # the captioning head says one more: the end
@@ -180,6 +181,13 @@ class LayoutSamples(Dataset):
             "add_time_ids": torch.tensor(row.add_time_ids),
             "rows": torch.tensor(number),
         }
+
+
+def draws(seed: int, step: int, positions: Sequence[int]) -> tuple[list[torch.Generator], list[Tensor]]:
+    """(each sample's generator, [timestep, caption dropout, grounding dropout, mirroring], each (B,) uniform numbers),
+    functions of (seed, step, position)."""
+    rngs = fm.sample_rngs(seed, step, positions)
+    return rngs, [fm.draw_uniform(rngs) for _ in range(4)]
 
 
 def read_layouts(path: Path) -> list[dict]:

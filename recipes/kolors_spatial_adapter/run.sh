@@ -2,6 +2,7 @@
 # run.sh [CONFIG] [--flag value ...]   CONFIG: a name in configs/ or a path to a YAML; tiny when none is given
 # run.sh --list                        the configs: hardware, memory and speed, as their headers say
 # run.sh CONFIG --plan [--gpus 4x24]   what it needs, what fits; no data, no download, nothing is written
+# run.sh CONFIG --dry_run              checks the data, draws the first micro-batch, measures its losses: dry_run.html
 # run.sh --help                        every flag with its help
 # LAUNCH=NAME    a file of accelerate/ (single, ddp, fsdp2, zero3_offload, ...) in place of the one that CONFIG names
 # NPROC=N        processes on this machine; else one a visible GPU (no GPU: 2); single is always 1
@@ -81,7 +82,7 @@ if grep -q "^pretrained_model_name_or_path:[[:space:]]*[\"']\{0,1\}tiny\b" "$yam
     "$python" "$recipe/make_tiny.py" --output_dir "$root/outputs/$(basename "$recipe")/tiny_base"
 fi
 for arg; do   # asks only: one process, whatever the launch file starts
-    if [[ ${arg//-/_} == __plan ]]; then WORLD_SIZE=$world exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
+    if [[ ${arg//-/_} =~ ^__(plan|dry_run)$ ]]; then WORLD_SIZE=$world exec "$python" "$recipe/train.py" --config "$yaml" "$@"; fi
 done
 [[ $gpus -eq 0 || $NPROC -le $gpus ]] || die "NPROC is $NPROC and this machine has $gpus GPUs, expected one process a GPU at most"
 # ---- run. Exit codes: 2 a mistake, 74 a full disk, 75 stopped as asked by TERM, HUP, USR1 or Ctrl-C (resume me) ----

@@ -31,7 +31,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.pipelines.kolors import ChatGLMTokenizer
 from diffusion_noise import add_noise, make_scheduler, noise_schedule, prediction_target, snr_weights
-from frozen_encoders import Encoders, load_vae
+from frozen_encoders import Encoders, load_vae, sample_to_look_at
 from graphs import UNetGraphs, checkpoint_activations
 from modes import MODES, PROMPT_TOKENS, SpatialModel, each_mode, mode_flops, sample_errors
 from torch import Tensor
@@ -44,7 +44,7 @@ from common.model.card import write_card
 from common.model.ema import evaluating
 from common.processes import Run
 from common.record import checkpoint, metrics, pictures
-from common.start import config, folders, launch, plan
+from common.start import config, dry_run, folders, launch, plan
 from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
@@ -143,6 +143,7 @@ class Config:
         rules.within(self, 0, 1, "grounding_dropout", "feature_time", "tau")
         if not self.box_loss_weight > 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")
+        layouts.find_labelled(self.data)
         if self.adapter_path and not (Path(self.adapter_path) / "config.json").is_file():
             raise ValueError(f"adapter_path {self.adapter_path} has no config.json; give a run's export/adapter, say")
         names = self.modes.split(",")
@@ -200,8 +201,9 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> tuple[loader.Data, list
         layouts.layout_row(embeddings, row, bucket, indices, most, cfg.random_flip)
         for row, bucket in zip(rows, buckets, strict=True)
     ]
-    items: dict[str, tuple] = {row.key: ("row", *item) for row, *item in zip(placed, rows, buckets, strict=True)}
-    phrases = {*indices, *layouts.phrases_of(shown)}
+    wanted = loader.rows_to_encode(run, cfg, rows, buckets[:n])
+    items: dict[str, tuple] = {placed[number].key: ("row", row, buckets[number]) for number, row in wanted.items()}
+    phrases = {*layouts.phrases_of(row.extra for row in wanted.values()), *layouts.phrases_of(shown)}
     items |= {layouts.phrase_key(embeddings, phrase): ("phrase", phrase) for phrase in phrases}
     items |= {embeddings.key(text): ("prompt", text) for text in ("", *(row["text"] for row in shown))}
     cache.encode_missing(run, embeddings, items, partial(encode, cfg, run, folder, embeddings))
@@ -311,8 +313,8 @@ def mode_inputs(models: Models, batch: dict, cfg: Config) -> dict[str, Tensor]:
     Captioning and retrieval look at a lightly noised picture without a caption, which would tell them the answer.
     """
     device, n_times = models.alphas_cumprod.device, len(models.alphas_cumprod)
-    rngs = fm.sample_rngs(cfg.run.seed, batch["step"], batch["positions"])
-    time, caption, grounding, mirror = (fm.draw_uniform(rngs).to(device) for _ in range(4))  # (B,) each
+    rngs, drawn = layouts.draws(cfg.run.seed, batch["step"], batch["positions"])
+    time, caption, grounding, mirror = (each.to(device) for each in drawn)  # (B,) each
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     noise = fm.draw_normal(rngs, inputs["latents"].shape[1:]).to(device)  # (B, 4, H/8, W/8)
     if "latents_flipped" in inputs:
@@ -376,15 +378,22 @@ def validate(run: Run, cfg: Config, models: Models, data: loader.Data, step: int
 def held_out_errors(run: Run, cfg: Config, models: Models, data: loader.Data) -> list[Tensor]:
     """Errors of this process's held-out rows at VALIDATION_TIMES with their captions and boxes, the same noise every
     time: comparable between steps and runs."""
-    model, errors = run.unwrap(models.model), []
+    errors = []
     for index, row, counts in run.in_step(data.held_out):
-        inputs = {name: tensor.to(run.device) for name, tensor in loader.collate([row]).items()}
-        latents = inputs["latents"]  # (1, 4, H/8, W/8)
-        noise = fm.draw_normal(fm.sample_rngs(cfg.run.seed, 0, [index]), latents.shape[1:]).to(run.device)
-        for time in VALIDATION_TIMES:
-            timesteps = torch.tensor([int(time * len(models.alphas_cumprod))], device=run.device)
-            inputs |= at_timesteps(models, latents, noise, timesteps)
-            errors += [sample_errors(model, inputs, box_loss_weight=1.0).mean()] * counts
+        found = errors_by_time(run, cfg, models, {**loader.collate([row]), "positions": [index]})
+        errors += [error.mean() for error in found.values()] * counts
+    return errors
+
+
+def errors_by_time(run: Run, cfg: Config, models: Models, batch: dict) -> dict[str, Tensor]:
+    """{"time 0.1": (B,) errors, ...} of a batch at VALIDATION_TIMES, with its captions and boxes."""
+    inputs = {name: value.to(run.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    latents, errors = inputs["latents"], {}  # (B, 4, H/8, W/8)
+    noise = fm.draw_normal(fm.sample_rngs(cfg.run.seed, 0, batch["positions"]), latents.shape[1:]).to(run.device)
+    for time in VALIDATION_TIMES:
+        timesteps = torch.full((len(latents),), int(time * len(models.alphas_cumprod)), device=run.device)
+        inputs |= at_timesteps(models, latents, noise, timesteps)
+        errors[f"time {time:g}"] = sample_errors(run.unwrap(models.model), inputs, box_loss_weight=1.0)
     return errors
 
 
@@ -427,7 +436,6 @@ def export(run: Run, cfg: Config, model: SpatialModel) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse_recipe(Config, argv, SECOND_NAMES, SKIPPED)
-    layouts.find_labelled(cfg.data)
     modes, side = cfg.mode_names(), cfg.resolution // 8
     run = launch.set_up(cfg, RECIPE, argv, backwards=len(modes), find_unused_parameters=False)
 
@@ -457,6 +465,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, asdict(spatial_model.adapter.cfg))
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
+    if cfg.run.dry_run:
+        looks = partial(errors_by_time, run, cfg, models), partial(sample_to_look_at, run, cfg, data, folder)
+        return dry_run.show(run, cfg, data, sampler, spatial_model, *looks)
     meter = metrics.start(run, cfg, state, NONFINITE_STEPS if run.accelerator.scaler else 0)  # old results go now
     batches = loader.make_loader(data.dataset, sampler, cfg.data.dataloader_num_workers, cfg.run.seed)
     batches = meter.watch(each_mode(batches, modes))

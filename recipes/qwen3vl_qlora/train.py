@@ -10,6 +10,7 @@ learning rate's plateau schedule in plateau.py, loading the base in quantized_ba
 share are in common/settings.py.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from common.data import loader, order
 from common.model.ema import evaluating
 from common.processes import Run, on_main
 from common.record import checkpoint, metrics
-from common.start import config, folders, launch, plan
+from common.start import config, dry_run, folders, launch, plan
 from common.step import optimizers, steps
 
 LENGTH_BUCKET = 64  # tokens; rows of one bucket share a micro-batch with --group_by_length
@@ -315,6 +316,13 @@ def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict
     return loss, {"forward_flops": flops, "samples": len(targets)}
 
 
+def losses_by_row(models: Models, batch: dict) -> dict[str, Tensor]:
+    """(B,) mean loss of each row's answer tokens."""
+    logits, targets = answer_logits(models.model, batch, next(models.model.parameters()).device)  # (B, K, V), (B, K)
+    sums = torch.stack([token_loss_sum(*row) for row in zip(logits[:, None], targets[:, None], strict=True)])  # (B,)
+    return {"answer tokens": sums / (targets != IGNORE_INDEX).sum(dim=1)}
+
+
 def trial(cfg: Config, run: Run, model: PeftModel, batch: dict) -> list[Tensor]:
     """The loss of a batch on a model without memory: what plan adds up. The vision tower, which keeps nothing, is left
     out."""
@@ -432,6 +440,9 @@ def main(argv: list[str] | None = None) -> None:
     plateau.resume(run, cfg, state)
     models = Models(model=model, config=model_config, processor=processor, state=state)
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
+    if cfg.run.dry_run:
+        losses = functools.partial(losses_by_row, models)
+        return dry_run.show(run, cfg, data, sampler, adapted, losses, data.dataset.look_at, collate)
     may_fail = cfg.max_nonfinite_steps if run.accelerator.scaler else 0
     meter = metrics.start(run, cfg, state, may_fail)  # the old run's files go now, when nothing can fail any more
     workers = cfg.data.dataloader_num_workers

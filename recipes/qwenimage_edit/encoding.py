@@ -3,6 +3,7 @@ pipeline's own parts, at the sizes that it gives them."""
 
 import hashlib
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from common.data.loader import of_place
 from common.data.manifest import Record
 from common.data.order import Place
 from common.processes import Run, on_main
+from common.start import dry_run
 
 
 class Encoders:
@@ -242,7 +244,7 @@ def encode_missing(
 ) -> None:
     """Add what the cache lacks of pictures and instructions. Every process calls it, and finds afterwards what all
     have added."""
-    missing = on_main(run, embeddings.missing, list(wanted))
+    missing = on_main(run, embeddings.missing, list(wanted), not run.first_rows)
     with cache.filling(run, embeddings):
         if missing:
             encode(cfg, run, folder, embeddings, {key: wanted[key] for key in missing})
@@ -265,3 +267,29 @@ def encode(
     for key, (text, sources) in run.progress(run.share_of(prompts), "encode instructions"):
         images = [each.load(cfg.data.train_data_dir) if isinstance(each, Picture) else each for each in sources]
         embeddings.add(key, encoders.prompt(text, images))
+
+
+# ---- a dry run
+
+
+def sample_to_look_at(cfg: EditConfig, folder: Path, data: EncodedEdits, place: Place) -> dry_run.Sample:
+    """A row as the step at `place` sees it: target and sources, and the instruction with its sources as the text
+    encoder sees it."""
+    record = data.rows.records[place.sample]
+    view = data.rows.view(cfg, place.sample, place.step, place.epoch)
+    target = Picture(view.size, record, None, view.frame, view.flip).load(cfg.data.train_data_dir)
+    how = (", mirrored" if view.flip else "") + (f", frame {view.frame}" if record.type == "video" else "")
+    sizes = dry_run.size_of(target), f"{view.size[0]} x {view.size[1]}{how}"
+    pictures = {f"target, {sizes[0]} -> {sizes[1]}": fit_target(cfg, target, view.size)}
+    sources = []
+    for which, size in enumerate(map(source_size, record.source_sizes)):
+        sources.append(Picture(size, record, which, view.frame, view.flip).load(cfg.data.train_data_dir))
+        pictures[f"source {which + 1}, {dry_run.size_of(sources[-1])} -> {size[0]} x {size[1]}{how}"] = sources[-1]
+    _, _, dropped = draws(cfg, place.step, [place.position], len(place.group))
+    text = EMPTY if dropped[0] else record.text
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    processor = Qwen2VLProcessor.from_pretrained(folder / "processor")
+    pipeline = dry_run.reading(PIPELINES[cfg.train_mode], tokenizer=tokenizer, processor=processor)
+    said = dry_run.prompt_seen(tokenizer, partial(encode_prompt, pipeline, cfg.train_mode, text, sources))
+    title = f"{record.file_path} ({record.where})" + (", its caption dropped in this step" if dropped[0] else "")
+    return dry_run.Sample(title, pictures, said, record.text)

@@ -12,6 +12,7 @@ from_videox_fun.py (its flags). The settings that all recipes share are in commo
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ from common.model.ema import Ema, evaluating
 from common.processes import Run, on_main
 from common.record import checkpoint, metrics, pictures
 from common.record.folder import read_state
-from common.start import config, folders, launch, plan
+from common.start import config, dry_run, folders, launch, plan
 from common.step import flow_matching as fm
 from common.step import optimizers, steps
 
@@ -132,6 +133,8 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
     saved = read_state(run.resume) if run.resume else {"step": 0, "segments": []}
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, saved["segments"], saved["step"])
     to_see = train.views(cfg, sampler, cfg.batch.steps_for(len(data), run.world_size))
+    wanted = loader.rows_to_encode(run, cfg, train.records, train.buckets, data.shape_ids)
+    to_see = {view for view in to_see if view.row in wanted}
     held_out_views = held_out.first_views(cfg)
     items = encoding.what_to_encode(cfg, embeddings, [(train, to_see), (held_out, set(held_out_views))], shown)
     encoding.encode_missing(cfg, run, folder, embeddings, items)
@@ -312,16 +315,12 @@ def validate(run: Run, cfg: Config, models: Models, data: loader.Data, step: int
 
 
 def held_out_errors(run: Run, cfg: Config, models: Models, data: loader.Data) -> list[Tensor]:
-    """Errors of this process's held-out rows at fixed sigmas, the same noise every time: comparable between steps and
-    runs."""
+    """Errors of this process's held-out rows at fixed sigmas, the same noise every time."""
     errors = []
     for index, row, counts in run.in_step(data.held_out):
-        batch = loader.collate([row])
-        latents = batch["latents"].to(run.device)  # (1, 16, 1, H/8, W/8)
-        noise = fm.draw_normal(fm.sample_rngs(cfg.run.seed, 0, [index]), latents.shape[1:]).to(run.device)
-        for sigma in torch.tensor(fm.VALIDATION_SIGMAS, device=run.device).split(1):  # (1,) each
-            error = sample_errors(models, batch, latents, noise, sigma).mean()
-            errors += [error] * counts
+        batch = {**loader.collate([row]), "positions": [index]}
+        found = fm.errors_by_sigma(sample_errors, models, batch, cfg.run.seed, run.device)
+        errors += [error.mean() for error in found.values()] * counts
     return errors
 
 
@@ -391,6 +390,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     state = checkpoint.resume(run, cfg, model, optimizer, models.ema, data.digest, models.config)
     sampler = loader.make_sampler(data, cfg.batch, run, cfg.run.seed, state.segments, state.step)
+    if cfg.run.dry_run:
+        losses = partial(fm.errors_by_sigma, sample_errors, models, seed=cfg.run.seed, device=run.device)
+        sample = partial(encoding.sample_to_look_at, cfg, folder, data.dataset)
+        return dry_run.show(run, cfg, data, sampler, models.transformer, losses, sample)
     meter = metrics.start(run, cfg, state)  # the old run's files go now, when nothing can fail any more
     batches = meter.watch(loader.make_loader(data.dataset, sampler, cfg.data.dataloader_num_workers, cfg.run.seed))
     step = state.step
