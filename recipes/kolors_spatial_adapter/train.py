@@ -143,7 +143,6 @@ class Config:
         rules.within(self, 0, 1, "grounding_dropout", "feature_time", "tau")
         if not self.box_loss_weight > 0:
             raise ValueError(f"box_loss_weight must be above 0, got {self.box_loss_weight}; 1 is plain")
-        layouts.find_labelled(self.data)
         if self.adapter_path and not (Path(self.adapter_path) / "config.json").is_file():
             raise ValueError(f"adapter_path {self.adapter_path} has no config.json; give a run's export/adapter, say")
         names = self.modes.split(",")
@@ -436,9 +435,9 @@ def export(run: Run, cfg: Config, model: SpatialModel) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse_recipe(Config, argv, SECOND_NAMES, SKIPPED)
+    layouts.find_labelled(cfg.data)
     modes, side = cfg.mode_names(), cfg.resolution // 8
     run = launch.set_up(cfg, RECIPE, argv, backwards=len(modes), find_unused_parameters=False)
-
     folder = folders.model_folder(cfg, run, PARTS, RECIPE / "full_size")
     scheduler_config = folders.part_config(folder / "scheduler")
     alphas_cumprod = noise_schedule(scheduler_config).to(run.device)  # what cannot train is said before the encoding
