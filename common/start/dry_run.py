@@ -65,9 +65,8 @@ def set_apart(cfg: Shared) -> int:
     folder = Path(cfg.run.output_dir)
     if hasattr(cfg, "pictures"):
         cfg.pictures.cache_dir = cfg.pictures.cache_dir or str(folder / "embedding_cache")  # the run will read it too
-    if (
-        hasattr(cfg, "lora") and not cfg.lora.lora_rank
-    ):  # weights in what is computed in, and no state: no step is taken
+    if hasattr(cfg, "lora") and not cfg.lora.lora_rank:
+        # no step is taken: weights in what is computed in, and no state
         cfg.tuning.optimizer, cfg.tuning.ema_decay = "adafactor", 0.0
     cfg.run.output_dir = str(folder / "dry_run")
     Path(cfg.run.output_dir).mkdir(exist_ok=True)
