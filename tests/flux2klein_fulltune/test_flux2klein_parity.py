@@ -417,3 +417,21 @@ def test_forward_flops_are_those_that_torch_counts(train, recipe, world):
         _, metrics = train.compute_loss(world.models, made, world.cfg)
     tokens = TOKENS + made["reference_0"][0, 0].numel()
     assert metrics["forward_flops"] == pytest.approx(2 * counted_flops(small, tokens, LENGTH), rel=0.02)
+
+
+def test_the_held_out_loss_sees_references(train, monkeypatch):
+    """Catches a held-out loss without the row's reference images: they would seem not to help."""
+    seen = []
+
+    def predict_velocity(models, noisy_latents, sigma, batch):
+        seen.append([reference.shape for reference in train.reference_images.of_batch(batch)])
+        return train.pack_latents(noisy_latents)
+
+    monkeypatch.setattr(train, "predict_velocity", predict_velocity)
+    rows = [{"latents": torch.zeros(128, 4, 4), "prompt_embeds": torch.zeros(2, 8)} for _ in range(2)]
+    rows[1] |= {"reference_0": torch.ones(128, 2, 4), "reference_1": torch.ones(128, 4, 4)}
+    run = SimpleNamespace(
+        in_step=lambda items: ((index, item, 1) for index, item in enumerate(items)), device=torch.device("cpu")
+    )
+    errors = train.held_out_errors(run, train.Config(), None, SimpleNamespace(held_out=rows))
+    assert len(errors) == len(seen) and seen[0] == [] and seen[-1] == [(1, 128, 2, 4), (1, 128, 4, 4)]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,8 +18,78 @@ from sampling import assert_same_picture, differ, sample
 
 from common.export import export
 from common.record import integrity
+from common.record.saved_weights import AVERAGED_NAMES
 from common.start import plan
 from common.start.config import parse_recipe
+from common.start.folders import part_config
+from common.step.steps import seed_step
+
+# ---- what is drawn, averaged and held out
+
+
+def test_draws_from_the_posterior_have_noise_of_their_own(train, recipe, monkeypatch):
+    """Catches a draw of --cache_moments that reuses the noise that is added: a model could read it off its input."""
+    seen = {}
+
+    def sample_errors(models, batch, latents, noise, sigma):
+        seen.update(latents=latents, noise=noise)
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr(train, "sample_errors", sample_errors)
+    config, scheduler_config = (part_config(recipe / "full_size" / part) for part in ("transformer", "scheduler"))
+    models = SimpleNamespace(empty_prompt_embeds=torch.zeros(2, 4), config=config, scheduler_config=scheduler_config)
+    latents = torch.zeros(2, 16, 1, 8, 8)
+    batch = {"step": 0, "positions": [0, 1], "prompt_embeds": [torch.zeros(2, 4)] * 2}
+    train.compute_loss(models, {**batch, "latents": latents, "posterior_std": 2 + latents}, train.Config())
+    drawn, noise = seen["latents"].flatten() / 2, seen["noise"].flatten()  # 2,048 numbers each
+    assert abs(drawn.std() - 1) < 0.1 and abs(torch.corrcoef(torch.stack([drawn, noise]))[0, 1]) < 0.1
+
+
+def test_processes_and_micro_steps_drop_out_each_in_its_own_way():
+    """Catches a seed of dropout that all processes, or all micro-batches, share, and one that a resume changes."""
+    drawn = {}
+    for seed, micro_step, rank in ((1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)):
+        seed_step(seed, micro_step, rank)
+        drawn[seed, micro_step, rank] = tuple(torch.rand(8).tolist())
+        seed_step(seed, micro_step, rank)
+        assert tuple(torch.rand(8).tolist()) == drawn[seed, micro_step, rank]
+    assert len(set(drawn.values())) == 4
+
+
+@pytest.fixture(scope="module")
+def averaged(train, config, tmp_path_factory) -> tuple[Path, list]:
+    """Three steps with averages and a checkpoint at each, and the data that the run validated with."""
+    out, data = tmp_path_factory.mktemp("averaged"), []
+    flags = ["--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 0, "--ema_decay", 0.5]
+    with mock.patch.object(train, "validate", lambda run, cfg, models, seen, step: data.append(seen)):
+        run_main(train, ["--config", config, "--output_dir", out, "--validation_steps", 3, *flags])
+    return out, data
+
+
+def test_averages_follow_the_weights_of_their_step(averaged, model_folder):
+    """Catches averaged weights that are a step early or late, or warm up otherwise: they are computed again from the
+    checkpoints' weights."""
+    out, _ = averaged
+    average = {name: tensor.float() for name, tensor in weights(model_folder / "transformer").items()}
+    for step in (1, 2, 3):
+        folder = out / f"checkpoint-{step}"
+        decay, trained = min(0.5, (1 + step) / (10 + step)), weights(folder / "model")
+        average = {name: torch.lerp(tensor, trained[name].float(), 1 - decay) for name, tensor in average.items()}
+        saved = dict(zip(json.loads((folder / AVERAGED_NAMES).read_text()), torch.load(folder / "ema_rank0.pt")))
+        assert saved.keys() == average.keys()
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, average[name], atol=1e-7, rtol=1e-6, msg=lambda m, name=name: name + m)
+
+
+def test_held_out_rows_are_not_trained_on(averaged):
+    """Catches rows that are both: a held-out loss of what was learned by heart."""
+    _, (data, *_) = averaged
+    trained_on = [data.dataset.cache[key]["latents"] for key in data.dataset.keys]
+    assert len(trained_on) == len(data) and data.held_out
+    for row in data.held_out:
+        same_shape = [latents for latents in trained_on if latents.shape == row["latents"].shape]
+        assert not any(torch.equal(latents, row["latents"]) for latents in same_shape)
+
 
 # ---- resume and stop
 
