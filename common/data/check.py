@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.data import notices
 from common.data.images import check_image
 from common.data.json_rows import many_objects, short
 from common.data.known_files import KnownFiles
@@ -73,8 +74,10 @@ def _check(
     source_problem: Callable[[int, int], str],
     check: Callable[[bytes, bool, int], tuple[int, int]],
     file_columns: Sequence[str],
+    unusual: list[tuple[str, str]],
 ) -> Record:
-    """The record with digest, width and height filled in, or with its `problem`."""
+    """The record with digest, width and height filled in, or with its `problem`; to `unusual` goes what is legal and
+    probably wrong, and where."""
     if record.problem:
         return record
     sources = record.source_file_path
@@ -96,6 +99,7 @@ def _check(
         return dataclasses.replace(record, problem=f"{names[place][:200]}missing")
     except (OSError, ValueError) as error:
         return dataclasses.replace(record, problem=f"{names[place][:200]}{error}"[:400])
+    unusual.extend((what, record.where) for what in notices.of_files(images, len(sources)))
     (width, height), *source_sizes = sizes[: 1 + len(sources)]
     return dataclasses.replace(
         record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
@@ -158,6 +162,7 @@ def check_records(
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
     results = list(_recognised(records, train_data_dir, known_good, limit, source_problem, file_columns))
     unknown = [record for record, found in zip(records, results, strict=True) if found is None]
+    unusual: list[tuple[str, str]] = []
     with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         looked_at = pool.imap(
@@ -169,6 +174,7 @@ def check_records(
                 source_problem,
                 checks.get(record.type, check_image),
                 file_columns,
+                unusual,
             ),
             unknown,
             chunksize=8,
@@ -190,6 +196,8 @@ def check_records(
         _write_bad_rows(bad, output_dir)
         listed = f", listed in {Path(output_dir, 'bad_rows.jsonl')}" if output_dir else ""
         print(f"{len(bad)} of {len(results)} rows are bad and left out (--on_bad_rows skip){listed}")
+    for line in notices.lines(good, unusual):
+        print(line)
     return good
 
 

@@ -1,0 +1,50 @@
+"""common/data/notices.py: what is legal in the data and probably wrong is counted, and good data says nothing."""
+
+import io
+
+import pytest
+from data_files import png, write_lines
+from PIL import Image
+
+from common.data import check, manifest
+
+
+def animated(kind: str) -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (48, 48), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+ODD = [
+    ({"a.png": png(size=(1, 1))}, {}, "1 of 2 rows: a picture with a side under 32 pixels (train.jsonl line 2"),
+    ({"a.png": png(size=(3000, 40))}, {}, "1 of 2 rows: a picture longer than 4 : 1: most is cut off"),
+    ({"a.gif": animated("GIF")}, {}, "1 of 2 rows: animated or of several pages: the first picture is used"),
+    ({"a.webp": animated("WEBP")}, {}, "1 of 2 rows: animated"),
+    ({"a.png": animated("PNG")}, {}, "1 of 2 rows: animated"),
+    ({"a.tiff": animated("TIFF")}, {}, "1 of 2 rows: animated"),
+    ({"a.png": png("blue")}, {"source_file_path": ["a.png"]}, "1 of 2 rows: a source and the target are the same"),
+    ({"a.png": png("red")}, {"text": "good"}, "1 of 2 rows: the same picture and caption as an earlier row (that of"),
+]
+
+
+@pytest.mark.parametrize(("files", "columns", "said"), ODD, ids=[said[:60] for *_, said in ODD])
+def test_what_is_probably_wrong_is_counted(files, columns, said, tmp_path, capsys):
+    """Catches data that trains to nothing and about which nobody is told."""
+    for name, content in {"good.png": png("red"), **files}.items():
+        (tmp_path / name).write_bytes(content)
+    row = {"file_path": next(iter(files)), "text": "odd", **columns}
+    write_lines(tmp_path / "train.jsonl", [{"file_path": "good.png", "text": "good"}, row])
+    assert len(check.check_records(manifest.load_manifest(tmp_path), tmp_path, progress=False)) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("notice: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"notice: {said}"), lines
+
+
+def test_good_data_says_nothing(tmp_path, capsys):
+    """Catches notices that cry wolf: the same picture with another caption, and sources that differ."""
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        (tmp_path / name).write_bytes(png(colour))
+    rows = [{"file_path": "a.png", "text": text, "source_file_path": ["b.png"]} for text in ("one", "two")]
+    write_lines(tmp_path / "train.jsonl", rows)
+    check.check_records(manifest.load_manifest(tmp_path), tmp_path, progress=False)
+    assert "notice" not in capsys.readouterr().out
