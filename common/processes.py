@@ -26,6 +26,8 @@ class DiskFull(ValueError):
 class Stop:
     """Whether this process was asked to stop, and whether all have agreed to."""
 
+    is_training: bool = False
+    """before that there is nothing to save, and a run stops at once"""
     asked: bool = False
     agreed: bool = False
     reason: str = ""

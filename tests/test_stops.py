@@ -3,16 +3,42 @@ read."""
 
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import RECIPES, read_rows, run_command, start_command, wait_for
+from helpers import RECIPES, ROOT, read_rows, run_command, start_command, wait_for
 
 from common.processes import DiskFull
 from common.record import checkpoint, integrity
 
 RECIPE = RECIPES[0]
 FLAGS = ["--validation_steps", 0, "--max_train_steps", 4000, "--checkpointing_steps", 4000, "--train_batch_size", 4]
+
+
+WAITS = """
+import sys, time
+from common.processes import stop
+from common.start import launch
+launch._handle_signals()
+stop.is_training = sys.argv[1] == "training"
+print("ready", flush=True)
+time.sleep(3)
+print("asked" if stop.asked else "", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("stage", "code", "said"), [("encoding", 75, ""), ("training", 0, "asked\n")])
+def test_before_the_first_step_a_signal_ends_the_run_at_once(stage, code, said):
+    """Catches a run that checks and encodes for hours after it was asked to stop, and one that stops within a step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, stage], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (code, said), errors
+    assert ("stopped as asked, before the first step" in errors) == (code == 75)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def start(run: Run, cfg: Shared, state: State, max_nonfinite_steps: int = 0) -> 
     if run.is_main:
         save_config(cfg, Path(cfg.run.output_dir) / "config.yaml")
         write_environment(run, cfg)
+    stop.is_training = True
     return Meter(run, cfg, state.step, max_nonfinite_steps)
 
 

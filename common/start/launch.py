@@ -277,6 +277,8 @@ def _handle_signals() -> None:
             raise KeyboardInterrupt  # the second Ctrl-C
         interrupted.extend([signum] * (signum == signal.SIGINT))
         stop.asked = True
+        if not stop.is_training:
+            lifeline.fail(lifeline.STOPPED, "stopped as asked, before the first step; what is encoded stays")
 
     interrupted: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 import torch
 
+MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
 DONE = "done\n"
 GO_ON = "; --resume_from_checkpoint latest goes on from the last checkpoint"
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # lost after 90 seconds without an answer

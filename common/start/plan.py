@@ -22,9 +22,9 @@ from common.data.loader import RANDOM_ROWS, collate
 from common.processes import DiskFull, Run, stop
 from common.settings import Shared
 from common.start import lifeline, memory, needs, ways
+from common.start.lifeline import DISK_FULL, MISTAKE, STOPPED
 from common.start.needs import Layout, Size
 
-MISTAKE, DISK_FULL, STOPPED = 2, 74, 75  # exit codes; 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h
 Trial = Callable[[Shared, Run, nn.Module, dict], Iterable[Tensor]]
 
 
