@@ -20,7 +20,7 @@ FLAGS = ["--lora_rank", 4, "--lora_alpha", 16, "--learning_rate", 0.01, "--max_t
 FLAGS += ["--checkpointing_steps", 3, "--validation_steps", STEPS]
 ONE_PROCESS = SimpleNamespace(
     strategy="single", launch="single", sharded=False, offload=False, benchmark=False, device=torch.device("cpu"),
-    compute_dtype=torch.float32, weights_dtype=torch.float32, print=print, is_main=True, rank=0,
+    compute_dtype=torch.float32, weights_dtype=torch.float32, print=print, is_main=True, rank=0, barrier=lambda: None,
 )  # fmt: skip
 
 

@@ -539,8 +539,8 @@ def test_the_question_is_asked_as_it_was_trained(model, folders, mixed):
     """Prompt, answer and end of turn are, token for token, what training sees."""
     for row in mixed[:10]:
         folder = Path(row["images"][0]).parents[1]
-        line = json.dumps({**row, "images": [str(Path(name).relative_to(folder)) for name in row["images"]]})
-        checked = conversations.check_row(line, folder, "here", model.processor, max_length=4096)
+        written = {**row, "images": [str(Path(name).relative_to(folder)) for name in row["images"]]}
+        checked = conversations.check_row(written, folder, "here", model.processor, max_length=4096)
         assert not checked.problem
         trained = conversations.encode(checked, model.processor)
         inputs = model.inputs([row], [model.tokens(row["answer"])])

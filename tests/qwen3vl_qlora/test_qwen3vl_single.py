@@ -302,7 +302,7 @@ def test_saved_config_gives_the_same_run(train, straight, tmp_path):
         (["--min_pixels", "8192", "--max_pixels", "4096"], r"min_pixels <= max_pixels, got 8192 and 4096"),
         (["--max_length", "20"], r"(?s)69 of 69|48 of 48 rows .*--on_long_rows skip.*tokens \(4 of them images\)"),
         (["--lr_reduction_factor", "1.5"], r"lr_reduction_factor must be between 0 and 1, got 1.5"),
-        (["--train_data_dir", "/nowhere"], r"no file /nowhere/forward_train.jsonl"),
+        (["--train_data_dir", "/nowhere"], r"train_data_dir /nowhere is no folder"),
         (["--pretrained_model_name_or_path", "/nowhere"], r"'/nowhere' is no model folder: it has no config.json"),
         (["--lora_rank", "0"], r"lora_rank must be at least 1, got 0"),
     ],

@@ -48,7 +48,9 @@ def process() -> Callable[..., SimpleNamespace]:
     """process(dtype): what the recipe's modules need of a Run, of one process."""
 
     def make(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-        plain = dict(device=torch.device("cpu"), rank=0, world_size=1, is_main=True, barrier=lambda: None)
+        plain = dict(
+            device=torch.device("cpu"), rank=0, world_size=1, is_main=True, first_rows={}, barrier=lambda: None
+        )
         asked = dict(progress=lambda items, title: items, share_of=lambda items: items)
         return SimpleNamespace(**plain, **asked, compute_dtype=dtype)
 
