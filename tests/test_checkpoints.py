@@ -134,7 +134,7 @@ def test_a_torn_last_row_is_left_out(tmp_path):
 
 def test_negative_settings_are_refused():
     """Catches --checkpoints_total_limit -1, which deleted each checkpoint right after it was saved."""
-    from common import image_settings, settings
+    from common import image_settings, rules, settings
 
     for group, name in (
         (settings.Run(checkpoints_total_limit=-1), "checkpoints_total_limit"),
@@ -149,4 +149,5 @@ def test_negative_settings_are_refused():
         (settings.Validation(validation_steps=-1), "validation_steps"),
     ):
         with pytest.raises(ValueError, match=name):
+            rules.check_numbers(group)
             group.check()
