@@ -15,6 +15,8 @@ from torch import nn
 from common.model import adapters, loading
 from common.start.folders import part_config
 
+PRECISIONS = {"bf16": ["--use_rslora"], "nf4": ["--base_precision", "nf4", "--lora_dropout", 0.1]}
+each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 STEPS = 6
 FLAGS = ["--lora_rank", 4, "--lora_alpha", 16, "--learning_rate", 0.01, "--max_train_steps", STEPS, "--export_model"]
 FLAGS += ["--checkpointing_steps", 3, "--validation_steps", STEPS]
@@ -113,3 +115,39 @@ def check_on_the_whole_base(train: ModuleType, config: Path, run: Path, folder: 
     print(f"validation loss: {first:.5f} before, {on_4_bits:.5f} on 4 bits, {on_whole:.5f} on the whole base")
     assert on_4_bits < first and on_whole < first
     assert on_whole == pytest.approx(on_4_bits, rel=0.05)
+
+
+def qwenimage_inputs(sizes: dict) -> dict:
+    """Of a call of a QwenImageTransformer2DModel with these sizes."""
+    rng = torch.Generator().manual_seed(1)
+    return dict(
+        hidden_states=torch.randn(1, 9, sizes["in_channels"], generator=rng),
+        encoder_hidden_states=torch.randn(1, 7, sizes["joint_attention_dim"], generator=rng),
+        encoder_hidden_states_mask=None,
+        timestep=torch.tensor([0.4]),
+        img_shapes=[[(1, 3, 3)]],
+        guidance=None,
+        return_dict=False,
+    )
+
+
+# ---- what a file of the three names, to have it
+
+
+@pytest.fixture(scope="module", name="runs")
+def runs_of_both(train, config, tmp_path_factory):
+    """{base_precision: the run on it}"""
+    folder = tmp_path_factory.mktemp("lora")
+    return {name: lora_run(train, config, folder / name, *flags) for name, flags in PRECISIONS.items()}
+
+
+@each_precision
+def test_resume_is_exact(runs, precision, train, config):
+    """Catches adapters that begin anew, a base that is quantised into something else, a checkpoint with the base in
+    it."""
+    check_resume(train, config, runs[precision], *PRECISIONS[precision])
+
+
+def test_learned_on_4_bits_holds_on_the_whole_base(runs, train, config, tmp_path):
+    """Catches adapters that only mend what 4 bits broke."""
+    check_on_the_whole_base(train, config, runs["nf4"], tmp_path / "whole")

@@ -92,8 +92,9 @@ def test_a_full_disk_says_what_is_whole(monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", fails)
     monkeypatch.setattr(checkpoint.rules, "flat", lambda cfg: {})
-    state, run = checkpoint.State(0, [], "", {}), SimpleNamespace(output_dir=str(tmp_path), checkpoints_total_limit=2)
+    state, stopped = checkpoint.State(0, [], "", {}), SimpleNamespace(stop_requested=lambda: True)
+    run = SimpleNamespace(output_dir=str(tmp_path), checkpoints_total_limit=2, checkpointing_steps=9)
     sampler = SimpleNamespace(segments_at=lambda step: [])
     with pytest.raises(DiskFull, match=r"is full at step 9; whole checkpoints: checkpoint-5"):
-        checkpoint.save(None, SimpleNamespace(run=run), None, None, None, sampler, state, 9)
+        checkpoint.save_if_due(stopped, SimpleNamespace(run=run), None, None, None, sampler, state, 9)
     assert not list(tmp_path.glob("*.partial"))

@@ -25,8 +25,10 @@ N_SLOTS = 3  # one computes, one comes, one goes
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers names as repeated, in the order in which they are registered and run."""
-    return [module for module in model.modules() if type(module).__name__ in model._repeated_blocks]
+    """The blocks that diffusers names as repeated, in the order in which they are registered and run; none of a model
+    whose class names none."""
+    names = getattr(model, "_repeated_blocks", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def blocks_to_stream(model: nn.Module, wanted: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:

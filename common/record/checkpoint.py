@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,45 +82,37 @@ def save_if_due(
     state: State,
     step: int,
 ) -> None:
-    """A checkpoint every checkpointing_steps and at the end, when the run was asked to stop too, and an export every
-    export_steps."""
+    """A checkpoint every checkpointing_steps and at the end, when the run was asked to stop too, with all that an
+    exact resume needs and the model's config.json; and an export every export_steps."""
     last_step = step if run.stop_requested() else cfg.batch.max_train_steps
     if steps.is_due(step, cfg.run.checkpointing_steps, last_step):
-        save(run, cfg, model, optimizer, ema, sampler, state, step)
+        values = {
+            "segments": sampler.segments_at(step),
+            "data": state.digest,
+            "lr_scale": state.lr_scale,
+            "extra": state.extra,
+            "config": rules.flat(cfg),
+        }
+        files = {"config.json": json.dumps(state.config, indent=2)} if state.config else {}
+        limit, output_dir = cfg.run.checkpoints_total_limit, cfg.run.output_dir
+        with _saying_what_is_whole(Path(output_dir), step):
+            folder = save_checkpoint(run, output_dir, step, model, optimizer, ema, values, limit, files)
+        run.print(f"saved {folder}")
     if cfg.tuning.export_steps and step % cfg.tuning.export_steps == 0:
         export_trained(run, cfg, model, ema, state.config, step)
 
 
-def save(
-    run: Run,
-    cfg: Shared,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    sampler: MicroBatchSampler,
-    state: State,
-    step: int,
-) -> None:
-    """checkpoint-<step> with all that an exact resume needs, and the model's config.json."""
-    values = {
-        "segments": sampler.segments_at(step),
-        "data": state.digest,
-        "lr_scale": state.lr_scale,
-        "extra": state.extra,
-        "config": rules.flat(cfg),
-    }
-    files = {"config.json": json.dumps(state.config, indent=2)} if state.config else {}
-    limit = cfg.run.checkpoints_total_limit
-    output_dir = cfg.run.output_dir
+@contextmanager
+def _saying_what_is_whole(output_dir: Path, step: int) -> Iterator[None]:
+    """A full disk ends the save in one sentence, and what was written of it goes."""
     try:
-        folder = save_checkpoint(run, output_dir, step, model, optimizer, ema, values, limit, files)
+        yield
     except Exception as error:
         if not integrity.is_full_disk(error):
             raise
-        shutil.rmtree(Path(output_dir) / f"checkpoint-{step}.partial", ignore_errors=True)
+        shutil.rmtree(output_dir / f"checkpoint-{step}.partial", ignore_errors=True)
         whole = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         raise DiskFull(f"the disk of {output_dir} is full at step {step}; whole checkpoints: {whole}") from error
-    run.print(f"saved {folder}")
 
 
 @stage("save")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from common.model.streaming import N_SLOTS, blocks_to_stream
+from common.model.streaming import N_SLOTS, blocks_to_stream, repeated_blocks
 from common.settings import Shared
 from common.start.fused import Traced
 
@@ -129,8 +129,7 @@ def read_layout(recipe_dir: Path, launch: str) -> Layout:
 
 
 def size_of(model: nn.Module, traced: Traced, batch: int, compute_bytes: int) -> Size:
-    names = getattr(model, "_repeated_blocks", None) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = repeated_blocks(model)
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
     quantized = [p for p in model.parameters() if hasattr(p, "quant_state")]
     frozen = [p for p in model.parameters() if not p.requires_grad]

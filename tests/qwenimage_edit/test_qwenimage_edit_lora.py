@@ -3,50 +3,15 @@ base."""
 
 import lora_runs
 import pytest
-import torch
 from diffusers import QwenImageEditPlusPipeline
+from lora_runs import runs_of_both, test_learned_on_4_bits_holds_on_the_whole_base, test_resume_is_exact  # noqa: F401
 
 pytestmark = pytest.mark.slow
-FLAGS = {"bf16": ["--use_rslora"], "nf4": ["--base_precision", "nf4", "--lora_dropout", 0.1]}
-each_precision = pytest.mark.parametrize("precision", FLAGS)
 
 
-@pytest.fixture(scope="module")
-def runs(train, config, tmp_path_factory):
-    """{base_precision: the run on it}"""
-    folder = tmp_path_factory.mktemp("lora")
-    return {name: lora_runs.lora_run(train, config, folder / name, *flags) for name, flags in FLAGS.items()}
-
-
-def inputs(sizes: dict) -> dict:
-    """Of a call of a transformer with these sizes."""
-    rng = torch.Generator().manual_seed(1)
-    return dict(
-        hidden_states=torch.randn(1, 9, sizes["in_channels"], generator=rng),
-        encoder_hidden_states=torch.randn(1, 7, sizes["joint_attention_dim"], generator=rng),
-        encoder_hidden_states_mask=None,
-        timestep=torch.tensor([0.4]),
-        img_shapes=[[(1, 3, 3)]],
-        guidance=None,
-        return_dict=False,
-    )
-
-
-@each_precision
+@lora_runs.each_precision
 def test_file_gives_the_trained_model(runs, precision, settings, model_folder):
     """Catches adapters that change the base before the first step, names that diffusers does not know, a lost alpha,
     and 4-bit layers that compute something else than the weights that they stand for."""
     cfg = settings(lora_rank=4, lora_alpha=16, base_precision=precision, use_rslora=precision == "bf16")
-    lora_runs.check_file(QwenImageEditPlusPipeline, model_folder, runs[precision], cfg, inputs)
-
-
-@each_precision
-def test_resume_is_exact(runs, precision, train, config):
-    """Catches adapters that begin anew, a base that is quantised into something else, a checkpoint with the base in
-    it."""
-    lora_runs.check_resume(train, config, runs[precision], *FLAGS[precision])
-
-
-def test_learned_on_4_bits_holds_on_the_whole_base(runs, train, config, tmp_path):
-    """Catches adapters that only mend what 4 bits broke."""
-    lora_runs.check_on_the_whole_base(train, config, runs["nf4"], tmp_path / "whole")
+    lora_runs.check_file(QwenImageEditPlusPipeline, model_folder, runs[precision], cfg, lora_runs.qwenimage_inputs)
