@@ -64,6 +64,7 @@ def in_browser(file: Path, *flags: object) -> str:
     if not BROWSER:
         pytest.skip("no Chromium here: report.html is not opened in a browser (Debian: apt-get install chromium)")
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    words += ["--run-all-compositor-stages-before-draw"]  # no picture of a page that is half painted
     words += ["--virtual-time-budget=8000", *(flags or ["--dump-dom"])]
     done = subprocess.run([*map(str, words), f"file://{file}"], capture_output=True, text=True, timeout=120)
     return done.stdout
@@ -139,7 +140,7 @@ def test_a_screenshot_is_dark_on_light(recorded, tmp_path, width):
     page.write_report(recorded)
     frame = tmp_path / "frame.html"  # a browser's window has a least width, a frame has none
     frame.write_text(
-        f'<body style="margin:0;background:#000"><iframe style="border:0;width:{width}px;height:2000px" '
+        f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:2000px" '
         f'src="file://{recorded / page.REPORT}"></iframe></body>'
     )
     in_browser(frame, f"--window-size={max(width, 600)},2000", f"--screenshot={tmp_path / 'shot.png'}")
