@@ -231,6 +231,7 @@ def start_command(command: Sequence[object], **environment: str) -> subprocess.P
         errors="replace",
         start_new_session=True,
         cwd="/",
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # `pytest &` ignores it
     )
 
 
