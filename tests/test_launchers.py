@@ -48,7 +48,7 @@ TURNS = [*zip(RECIPES, [*LAUNCHERS] * len(RECIPES), strict=False), (RECIPES[0], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "launcher"), TURNS, ids=[f"{launcher}-{recipe.name}" for recipe, launcher in TURNS])
+@pytest.mark.parametrize(("recipe", "launcher"), TURNS, ids=[f"{by}-{recipe.name}" for recipe, by in TURNS])
 def test_two_processes_from_the_recipes_folder(recipe, launcher, short, tmp_path):
     """Catches a path that is relative to another folder, a launcher's environment that is not understood, processes
     that train alone, and a recipe's folder accelerate/ or deepspeed/ that hides the package of that name."""
