@@ -1,6 +1,7 @@
 """A recipe's train.py in a process that goes wrong on purpose: what tests of many processes launch in its place.
 
-    faulty.py KIND RANK AT train.py ...    KIND: kill, raise, full, memory, or cut; AT: a step, or seconds such as 2.5s
+    faulty.py KIND RANK AT train.py ...    KIND: kill, raise, full, memory, mistake or cut; AT: a step, or seconds as
+                                           2.5s; a mistake is one in the settings, before anything begins
 
 At a step, the other processes are in no collective, and would be there for minutes. cut: none goes wrong, but a
 connection counts as lost after seconds.
@@ -31,6 +32,15 @@ def go_wrong(kind: str) -> None:
     raise RuntimeError("planted\nand more of it")
 
 
+def make_a_mistake() -> None:
+    from common.start import config
+
+    def check(cfg: object) -> None:
+        raise ValueError("planted")
+
+    config.check = check
+
+
 def go_wrong_at_step(kind: str, rank: str, at: int) -> None:
     from common.processes import Run
 
@@ -54,6 +64,9 @@ if __name__ == "__main__":
         from common.start import lifeline
 
         lifeline.KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+    elif kind == "mistake":
+        if os.environ.get("RANK", "0") == rank:
+            make_a_mistake()
     elif not at.endswith("s"):
         go_wrong_at_step(kind, rank, int(at))
     elif os.environ.get("RANK", "0") == rank:

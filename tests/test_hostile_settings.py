@@ -16,6 +16,7 @@ import pytest
 from helpers import RECIPES, ROOT, load_script, make_tiny_base, run_main
 from sources import settings_of
 
+from common.record import integrity
 from common.start import plan
 from common.start.config import parse_recipe
 
@@ -78,6 +79,23 @@ def test_a_setting_is_refused_by_the_parser(entry, tmp_path, capfd):
             said = str(ended.value)
             assert "\n" not in said and len(said) < 500, said
         assert entry["said"] in " ".join(said.replace("│", " ").split()), (recipe.name, said)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
+def test_another_optimizer_on_resume_is_refused(recipe, tmp_path, capfd):
+    """Catches a checkpoint whose optimizer's state is put into another one, or ends in a traceback when all is
+    loaded."""
+    saved = tmp_path / "checkpoint-5"
+    saved.mkdir()
+    (saved / "trainer_state.json").write_text(json.dumps({"step": 5, "config": {"optimizer": "adafactor"}}))
+    integrity.seal(saved)
+    make_tiny_base(recipe)
+    flags = ["--config", recipe / "configs/tiny.yaml", "--output_dir", tmp_path, "--optimizer", "adamw"]
+    with pytest.raises(SystemExit) as ended, plan.explained_errors():
+        run_main(load_script(recipe / "train.py"), [*flags, "--resume_from_checkpoint", "latest"])
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    assert f"error: {saved} holds the state of optimizer adafactor, and this run has adamw: resume with" in said
 
 
 def damaged(model: Path, copy: Path, what: str, name: str) -> Path:

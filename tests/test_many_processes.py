@@ -43,6 +43,26 @@ def test_one_fails_and_all_end(folder, tmp_path, strategy, kind, rank, code, sai
     assert find_checkpoint(out, "latest") == out / f"checkpoint-{SAVED}"
 
 
+@pytest.mark.parametrize(
+    ("strategy", "fault", "flags", "said"),
+    [
+        ("fsdp2", ("mistake", 1, 0), [], "error: planted (process 1)"),
+        ("zero3", (), ["--no_such_flag"], "error: these flags, or the config's, cannot be read"),
+        ("ddp", (), ["--train_data_dir", "/no/such"], "error: train_data_dir /no/such is no folder"),
+    ],
+)
+def test_a_mistake_before_the_processes_know_each_other(folder, tmp_path, strategy, fault, flags, said):
+    """Catches a launcher's report of failed processes where a sentence should be, and a process that waits for hours
+    for the one that has made a mistake: all end with it, told to run.sh once."""
+    told = tmp_path / "told"
+    argv = [*many.flags(folder, 2, 0), "--output_dir", tmp_path / "out", *flags]
+    done, took = many.launch_faulty(strategy, 2, argv, fault, RUN_EXIT_CODE_FILE=str(told))
+    code, sentence = told.read_text().splitlines()
+    assert code == "2" and sentence.startswith(said) and done.returncode == 0, (told.read_text(), done.output[-3000:])
+    assert "Error" not in done.output and done.output.count("full helptext") == flags.count("--no_such_flag")
+    assert took < 90
+
+
 def test_two_machines_whose_link_is_cut(folder, tmp_path):
     """Catches a machine that waits for hours for one that it cannot reach any more: both sides end and say why, and
     the checkpoint before it is whole."""

@@ -71,12 +71,13 @@ def test_a_signal_ends_in_a_checkpoint(launch, asked, tmp_path, tmp_path_factory
 
 @pytest.mark.slow
 def test_a_mistake_has_its_code_under_a_launcher(tmp_path):
-    """Catches a mistake that a scheduler would take for a crash: exit code 2 from run.sh, whatever the launcher
-    says."""
+    """Catches a mistake that a scheduler would take for a crash, and a launcher's report around its sentence: exit
+    code 2 from run.sh."""
     done = run_command(
         ["bash", RECIPE / "run.sh", "tiny", "--output_dir", tmp_path, "--resolution", 100], LAUNCH="ddp", NPROC="2"
     )
-    assert done.returncode == 2 and "resolution must be a positive multiple of 32" in done.output, done.output[-2000:]
+    assert done.returncode == 2 and "Traceback" not in done.output, done.output[-3000:]
+    assert done.output.splitlines()[-1].startswith("error: resolution must be a positive multiple of 32")
 
 
 def test_a_full_disk_says_what_is_whole(monkeypatch, tmp_path):

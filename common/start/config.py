@@ -13,7 +13,7 @@ import yaml
 
 from common import rules
 from common.settings import Shared
-from common.start import names
+from common.start import lifeline, names
 
 ConfigClass = TypeVar("ConfigClass")
 
@@ -81,7 +81,14 @@ def parse_config(
     quiet = os.environ.get("RANK", "0") != "0"  # a mistake is shown once, not by every process
     options = {"config": (tyro.conf.CascadeSubcommandArgs,), "use_underscores": True, "console_outputs": not quiet}
     options["description"] = inspect.getdoc(config_class) + names.described(second_names, skipped)
-    return tyro.cli(config_class, args=names.translated(flags + argv, second_names, skipped), **options)
+    try:
+        return tyro.cli(config_class, args=names.translated(flags + argv, second_names, skipped), **options)
+    except SystemExit as error:
+        if error.code and "RANK" in os.environ:
+            lifeline.fail(
+                lifeline.MISTAKE, "these flags, or the config's, cannot be read: what is wrong is said above"
+            )
+        raise
 
 
 def parse_recipe(

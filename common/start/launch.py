@@ -1,6 +1,5 @@
 """Processes and strategy, from what `accelerate launch` put into the environment; signals."""
 
-import datetime
 import os
 import signal
 import sys
@@ -154,13 +153,7 @@ def _start_process_group(is_asked_for: bool) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     needed = "RANK" in os.environ and (world_size > 1 or is_asked_for)
     if needed and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # hours, not 30 minutes: rank 0 may download a model or check a large data set while the others wait
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-        if world_size > 1:
-            lifeline.start(torch.distributed.get_rank(), world_size)
+        lifeline.join()
     return world_size
 
 

@@ -2,11 +2,13 @@
 
 Process 0 holds a connection to each of the others. The kernel closes it when a process dies, however it dies, and
 keepalives notice within two minutes that a machine is gone. Collectives do not: who waits in one, or works outside of
-any, would wait for hours. Over it a process says one line at most: what went wrong, or that it is done.
+any, would wait for hours. Over it a process says one line at most: what went wrong, or that it is done. Who goes wrong
+before it is there, over a flag perhaps, connects first: the others are on their way, and would wait.
 """
 
 import atexit
 import contextlib
+import datetime
 import json
 import multiprocessing
 import os
@@ -88,9 +90,17 @@ class Lifeline:
 line: Lifeline | None = None  # one for a process
 
 
-def start(rank: int, world_size: int) -> None:
-    """Connect the processes. Called on all of them when their group is there."""
+def join() -> None:
+    """Start the group of the processes that a launcher has started, and connect them."""
     global line
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # hours, not 30 minutes: rank 0 may download a model or check a large data set while the others wait
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if world_size == 1:
+        return
     is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
     listener = None
     if rank == 0:
@@ -142,14 +152,16 @@ def leave() -> None:
 
 
 def fail(code: int, sentence: str, details: str = "") -> NoReturn:
-    """End all processes with this exit code and the sentence, unless another process has named an earlier cause."""
+    """End all processes with this exit code and the sentence, unless another process has named an earlier cause. Where
+    run.sh is told, this one ends with 0: a launcher would add its traceback."""
+    is_one_of_many = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_one_of_many and not torch.distributed.is_initialized():
+        join()
     if line is None:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:  # when every process failed alike, the first one's message has ended the run within this time
-            time.sleep(15)
-        if not tell_run_sh(code, sentence, rank=0):
-            print(f"error: {sentence}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
-        sys.exit(code)
+        is_told = tell_run_sh(code, sentence)
+        if not is_told:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(0 if is_told else code)
     line.details, line.said = details, json.dumps([code, sentence]) + "\n"
     if line.rank == 0:
         time.sleep(1)
