@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,32 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file. A last line that was torn by a kill is left out; ValueError names any other."""
-    lines = path.read_text().split("\n") if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line:
+    return list(_rows_of(path))
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with open(path) as file:
+        for number, line in enumerate(file, start=1):
             try:
-                rows.append(json.loads(line))
+                if line.strip():
+                    yield json.loads(line)
             except ValueError as error:
-                if number < len(lines):
+                if line.endswith("\n"):
                     raise ValueError(f"{path} line {number} is damaged; delete that line") from error
-    return rows
+
+
+def read_thinned(path: Path, most: int = 2000) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file for a drawing: every so manieth one, at most `most`, and the last one. What a run of
+    any length keeps in memory while it draws."""
+    kept, every, last = [], 1, None
+    for number, last in enumerate(_rows_of(path)):
+        if number % every == 0:
+            kept.append(last)
+        if len(kept) > most:
+            kept, every = kept[::2], 2 * every
+    return kept if not kept or kept[-1] is last else [*kept, last]
 
 
 def keep_rows_until(path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from common.processes import Run
 from common.record import trackers
-from common.record.folder import read_rows
+from common.record.folder import read_rows, read_thinned
 
 
 def draw_curves(folder: Path) -> None:
@@ -23,7 +23,7 @@ def draw_curves(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, held_out = read_rows(folder / "metrics.jsonl"), read_rows(folder / "validation.jsonl")
+    rows, held_out = read_thinned(folder / "metrics.jsonl"), read_rows(folder / "validation.jsonl")
     steps = [row["step"] for row in rows]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
     for axis, name in zip(axes.flat, ["loss", "learning_rate", "grad_norm", "samples_per_second"], strict=True):

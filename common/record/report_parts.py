@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from common.record.folder import read_rows
+from common.record.folder import read_rows, read_thinned
 
 SIDE = 288  # pixels of a picture
 
@@ -25,6 +25,7 @@ class Recorded:
 
     folder: Path
     metrics: list[dict[str, Any]]
+    """of a long run some rows, evenly spread, and the last"""
     validation: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
@@ -40,10 +41,11 @@ def read_run(folder: Path) -> Recorded:
     """ValueError when it is no run's folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} has no config.yaml; expected the output_dir of a run")
-    rows = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "validation", "stages"))
+    rows = (read_rows(folder / f"{name}.jsonl") for name in ("validation", "stages"))
     files = (folder / f"{name}.json" for name in ("environment", "next_steps"))
     values = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
-    return Recorded(folder.absolute(), *rows, yaml.safe_load((folder / "config.yaml").read_text()) or {}, *values)
+    config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    return Recorded(folder.absolute(), read_thinned(folder / "metrics.jsonl"), *rows, config, *values)
 
 
 def text(value: object) -> str:
@@ -82,7 +84,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: bool =
     return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=512)
 def _jpeg(path: Path, changed: float, side: int) -> tuple[str, bool]:
     return _encoded(Image.open(path), side)
 
