@@ -6,7 +6,7 @@ Recipes find them in settings.py, beside the others.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.rules import between, multiple_of, within
+from common.rules import between, multiple_of, short, within
 
 
 @dataclass
@@ -19,11 +19,15 @@ class Pictures:
     """column of the captions; text, caption or prompt when not given"""
     cache_dir: str | None = None
     """where encoded latents and prompts are kept, also for several runs; <output_dir>/embedding_cache if not given"""
+    more_resolutions: tuple[int, ...] = ()
+    """resolutions beside the run's, 512 768 for example: each picture is trained at these too, as further samples"""
     caption_dropout: float = 0.1
     """share of samples trained with the encoded empty caption, for classifier-free guidance"""
 
     def check(self) -> None:
         within(self, 0, 1, "caption_dropout")
+        if wrong := [side for side in self.more_resolutions if not 16 <= side <= 8192 or side % 16]:
+            raise ValueError(f"more_resolutions must be multiples of 16, at most 8192, got {short(wrong[0])}")
 
 
 @dataclass
@@ -58,9 +62,16 @@ class FlowMatching:
     """fixed shift of sigma towards noise; 0 takes the checkpoint's, which grows with resolution"""
     loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """weight of the squared error by sigma"""
+    mask_column: str | None = None
+    """column of a grey picture of the picture's size: its black counts nothing in the loss, its white all, seen at the
+    latents' resolution"""
     cache_moments: bool = False
     """draw latents from the VAE's posterior at every step instead of taking its mode"""
     signed: ClassVar[tuple[str, ...]] = ("logit_mean", "mode_scale")
+
+    @property
+    def mask_columns(self) -> tuple[str, ...]:
+        return (self.mask_column,) if self.mask_column else ()
 
 
 @dataclass

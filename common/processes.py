@@ -71,6 +71,8 @@ class Run:
     """of the model's parameters, for the MFU: frozen weights have no gradients of their own"""
     rows: dict[str, Any] = field(default_factory=dict)
     """for the report: how many rows there are, of what sizes"""
+    data_sets: dict[str, int] = field(default_factory=dict)
+    """for the report: rows to train on of each data set, where there are several"""
     first_rows: dict[int, Any] = field(default_factory=dict)
     """of a dry run: the rows of the first micro-batch, by number"""
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
 
-from common.image_settings import Drawing, Pictures
+from common.image_settings import Buckets, Drawing, FlowMatching, Pictures
 from common.rules import at_least, between, under_one
 
 Group = TypeVar("Group")
@@ -66,7 +66,9 @@ class Data:
     """Which rows to train on."""
 
     train_data_dir: str | None = None
-    """folder of the data; paths in its manifest are relative to it; "tiny" is the embedded drawn data"""
+    """folder of the data, paths in its manifest are relative to it; "tiny" is the embedded drawn data. Image models
+    read a manifest (JSON, JSONL, CSV, TSV), parquet, WebDataset shards (.tar), pictures with a .txt each, folders
+    target and source, what datasets' save_to_disk wrote, a name on the hub, or a YAML list of such"""
     train_data_meta: str | None = None
     """manifest, where it is not found by its usual names in train_data_dir"""
     on_bad_rows: Literal["error", "skip"] = "error"
@@ -261,6 +263,13 @@ class Pictured(Shared, Protocol):
 
     pictures: Pictures
     drawing: Drawing
+
+
+class Bucketed(Pictured, Protocol):
+    """What common/ knows of a Config of flow matching on pictures in buckets."""
+
+    buckets: Buckets
+    flow: FlowMatching
 
 
 class Adapted(Shared, Protocol):

@@ -14,7 +14,12 @@ from update_readme import field_helps
 
 LOOP = "# ---- loop: identical in every recipe ----", "# ---- end loop ----"
 ROOMS = ("ground", "data", "model", "step", "record", "start", "commands")  # of common/, lowest first
-COMMANDS = ("common.export", "common.zero_to_bf16", "common.report")  # scripts on the ground floor
+COMMANDS = (
+    "common.export",
+    "common.zero_to_bf16",
+    "common.report",
+    "common.make_manifest",
+)  # scripts on the ground floor
 
 
 # ---- functions

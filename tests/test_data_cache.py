@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
-from data_files import ROWS, png, write_tar
+from data_files import ROWS, png, write_lines, write_tar
 from helpers import ROOT
 
 from common.data import check, loader, manifest, order
@@ -160,3 +160,34 @@ def test_a_damaged_shard_is_encoded_again(tmp_path, capsys, length):
     cache = EmbeddingCache(tmp_path, FINGERPRINT)
     assert len(cache.missing([cache.key(RECORD, (64, 64))])) == 1
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_several_captions(folder):
+    """Catches a list of captions of which one is trained alone, a draw that is not the same after a resume, on another
+    process or for another seed, and pictures that come with another row's caption."""
+    rows = [ROWS[0] | {"text": ["a", "b", "c"]}, ROWS[1]]
+    write_lines(folder / "train.jsonl", rows)
+    records = check.check_records(manifest.load_manifest(folder), folder, progress=False)
+    assert [(record.text, record.other_texts) for record in records] == [("a", ("b", "c")), ("picture 1", ())]
+    embeddings = EmbeddingCache(folder / "cache", {})
+    keys = [embeddings.key(record, (32, 32)) for record in records]
+    texts = [record.text for record in records]
+    numbers = {text: float(number) for number, text in enumerate([*texts, *loader.other_texts(records)])}
+    for key, text in zip(keys, texts, strict=True):
+        embeddings.add(key, {"latents": torch.full((1,), 9.0), "prompt_embeds": torch.tensor([numbers[text]])})
+    for text in loader.other_texts(records):
+        embeddings.add(embeddings.key(text), {"prompt_embeds": torch.tensor([numbers[text]])})
+    samples = loader.CachedSamples(embeddings, keys, records)
+
+    def seen(seed: int, **at) -> list[tuple[int, int, float]]:
+        """(epoch, row, its caption's number) of twelve epochs."""
+        sampler = order.MicroBatchSampler([0, 0], 1, 1, at.get("rank", 0), at.get("world_size", 1), seed)
+        places = [place for (place,) in islice(sampler, 24 // sampler.world_size)]
+        return sorted((place.epoch, place.sample, samples[place]["prompt_embeds"].item()) for place in places)
+
+    first = seen(1)
+    assert {number for _, row, number in first if row == 0} == {numbers["a"], numbers["b"], numbers["c"]}
+    assert {number for _, row, number in first if row == 1} == {numbers["picture 1"]}
+    assert first == seen(1) == sorted([*seen(1, rank=0, world_size=2), *seen(1, rank=1, world_size=2)])
+    assert first != seen(2)
+    assert all(samples[order.Place(row, 0, 0)]["latents"].item() == 9 for row in (0, 1))

@@ -103,3 +103,17 @@ def test_resizing_is_antialiased_and_draft_changes_little():
     assert full.size == (2048, 2048) and fast.size == (512, 512)
     a, b = (np.asarray(images.resize_and_crop(image, (256, 256))).astype(int) for image in (full, fast))
     assert abs(a - b).max() <= 4
+
+
+def test_a_loss_mask_is_what_each_latent_sees():
+    """Catches a mask with width and height exchanged, of the wrong end of grey, or that forgets a thin line."""
+    mask = Image.new("RGB", (64, 32), "white")
+    mask.paste("black", (0, 0, 16, 32))
+    mask.paste("black", (16, 0, 18, 32))  # a quarter of a latent's eight pixels
+    weights = images.loss_mask(mask, torch.zeros(16, 1, 4, 8))
+    assert weights.shape == (1, 1, 4, 8) and weights.dtype == torch.float32
+    torch.testing.assert_close(weights[0, 0], torch.tensor([0, 0, 0.75, 1, 1, 1, 1, 1]).expand(4, 8))
+    assert (
+        images.loss_mask(Image.new("L", (64, 32), 51), torch.zeros(128, 2, 4)).flatten().tolist()
+        == [pytest.approx(0.2, abs=1e-5)] * 8
+    )

@@ -403,9 +403,11 @@ def test_a_damaged_list_of_known_files_is_begun_anew(folder, known, capsys, tmp_
 
 
 def test_further_columns_of_pictures(folder):
-    """Catches a mask that is missing, broken or no path and is found out about in the middle of training."""
-    masks = ["train/1.png", "train/9.png", "page.png", None, "../outside.png"]
+    """Catches a mask that is missing, broken, no path or of another size and is found out about in the middle of
+    training."""
+    masks = ["train/1.png", "train/9.png", "page.png", None, "../outside.png", "small.png"]
     (folder / "page.png").write_bytes(b"<html>404</html>")
+    (folder / "small.png").write_bytes(png(size=(24, 16)))
     rows = [ROWS[0] | ({"mask_path": mask} if mask else {}) for mask in masks]
     write_lines(folder / "train.jsonl", rows)
     good = check.check_records(
@@ -415,4 +417,18 @@ def test_further_columns_of_pictures(folder):
     assert manifest.load_image(good[0], folder, "mask_path").getpixel((0, 0)) == (0, 128, 0)
     reasons = [json.loads(line)["reason"] for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
     expected = ["missing", "not an image", "is None, expected a path", "outside train_data_dir"]
+    expected += ["is 24 x 16, expected the picture's 48 x 32"]
     assert reasons == [f"mask_path: {words}" for words in expected]
+
+
+def test_masks_in_parquet(folder, parquet_cache):
+    """Catches a mask that is found as a path only, or is another row's."""
+    colours = ["white", "black", "white"]
+    columns = {"image": [png(), png("blue"), png("lime")], "mask": [png(colour, mode="L") for colour in colours]}
+    table = parquet_cache.Dataset.from_dict({"text": ["a", "b", "c"], **columns})
+    for name in columns:
+        table = table.cast_column(name, parquet_cache.Image())
+    table.to_parquet(folder / "train.parquet")
+    records = check.check_records(manifest.load_manifest(folder), folder, progress=False, file_columns=("mask",))
+    found = [manifest.load_image(record, folder, "mask").getpixel((0, 0))[0] for record in records]
+    assert found == [255, 0, 255]

@@ -101,7 +101,7 @@ def steps_of_all_ranks(n, world_size, batch, accumulation, **kwargs):
     for rank in range(world_size):
         for micro in take(n, rank=rank, **options):
             assert len(micro) == batch and len({place.step for place in micro}) == 1
-            for index, step, position, group, _ in micro:
+            for index, step, position, group, *_ in micro:
                 assert group[position] == index and len(group) == world_size * batch * accumulation
                 assert position not in steps.setdefault(step, {}), "two ranks share a sample"
                 steps[step][position] = index

@@ -75,10 +75,8 @@ EQUAL_FUNCTIONS = {
     "held_out_errors": "likewise",
 }
 IN_TWO_RECIPES = {
-    "common.data.cache.Item": "a row or a text; edits and boxes encode more than that",
-    "common.data.loader.CachedSamples": "rows that are one entry of the cache; of edits and boxes they are several",
+    "common.data.loader.encoded_rows": "rows that are one entry of the cache; of edits and boxes they are several",
     "common.start.dry_run.show_captioned": "captions that are the whole prompt; those of edits and boxes have more",
-    "common.image_settings.Buckets": "the adapter on boxes and edits have a size of their own name",
 }
 CHOICES_DIFFER = {
     "mixed_precision": "fp16 is for adapters alone",

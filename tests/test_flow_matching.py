@@ -14,6 +14,7 @@ from common.step.flow_matching import (
     draw_normal,
     draw_sigmas,
     draw_uniform,
+    error_weights,
     loss_weights,
     resolution_shift,
     sample_rngs,
@@ -166,6 +167,20 @@ def test_squared_errors_are_each_samples_own():
     errors = squared_errors(target + torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1, 1), target.float())
     assert errors.shape == (3,) and errors.dtype == torch.float32
     torch.testing.assert_close(errors, torch.tensor([0.0, 1.0, 4.0]), atol=1e-2, rtol=1e-2)
+
+
+def test_masks_weight_squared_errors():
+    """Catches a mask that is spread over the wrong axes, is averaged away, or is asked for where there is none."""
+    latents = torch.zeros(2, 16, 1, 4, 6)
+    mask = torch.zeros(2, 1, 1, 4, 6)
+    mask[0, ..., 0, :], mask[1, ..., 5] = 1.0, 0.5
+    weights = error_weights({"loss_mask": mask}, latents)
+    assert weights.shape == latents.shape and weights[0, 7, 0, 0].eq(1).all() and weights[0, 7, 0, 1:].eq(0).all()
+    torch.testing.assert_close(squared_errors(latents + 2, latents, weights), torch.tensor([4 / 4, 4 * 0.5 / 6]))
+    target = torch.randn(2, 16, 1, 4, 6)
+    assert torch.equal(squared_errors(target, latents, error_weights({}, latents)), squared_errors(target, latents))
+    with pytest.raises(AssertionError):
+        squared_errors(latents, latents, mask)
 
 
 def test_settings_draw_sigmas():

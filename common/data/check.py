@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.data import notices
+from common.data import notices, sets
 from common.data.images import check_image
 from common.data.json_rows import many_objects, short
 from common.data.known_files import KnownFiles
-from common.data.manifest import Record, load_manifest, read_bytes
+from common.data.manifest import Record, read_bytes
 from common.processes import Run, on_main
 from common.progress import progress_bar, stage
 from common.settings import Pictured
@@ -37,13 +37,16 @@ def load_records(
     use a row, "" if it can; checks: see check_records."""
 
     def load() -> tuple[list[Record], list[Record]]:
-        columns = cfg.pictures.image_column, cfg.pictures.text_column
         with many_objects():
-            records = load_manifest(cfg.data.train_data_dir, cfg.data.train_data_meta, *columns)
-            return hold_out(check(cfg, records, known_good, row_problem, **checks), held_out, cfg.run.seed)
+            columns = cfg.pictures.image_column, cfg.pictures.text_column
+            rows = sets.load_rows(cfg.data.train_data_dir, cfg.data.train_data_meta, *columns)
+            good = check(cfg, rows, known_good, row_problem, **checks)
+            return hold_out(good, held_out, cfg.run.seed)
 
     held_out = cfg.drawing.num_validation_samples
     train, unseen = on_main(run, load)
+    train = sets.as_trained(train, cfg.pictures.more_resolutions)
+    run.data_sets = sets.counted(train)
     return train, [] if cfg.run.dry_run else unseen
 
 
@@ -86,13 +89,14 @@ def _check(
     digest, images, sizes = hashlib.blake2b(digest_size=16), [], []
     try:
         for place in range(len(names)):
-            if place > len(sources) and not isinstance(record.extra.get(places[place]), str):
-                raise ValueError(f"is {short(record.extra.get(places[place]))}, expected a path")
             images.append(read_bytes(record, train_data_dir, places[place]))
             digest.update(len(images[-1]).to_bytes(8, "little") + images[-1])
         decode = digest.hexdigest() not in known_good
         for place in range(len(names)):
-            sizes.append(check(images[place], decode, max_pixels))
+            sizes.append((check_image if place > len(sources) else check)(images[place], decode, max_pixels))
+            if place > len(sources) and sizes[-1] != sizes[0]:
+                (width, height), whole = sizes[-1], sizes[0]
+                raise ValueError(f"is {width} x {height}, expected the picture's {whole[0]} x {whole[1]}")
             if 0 < place <= len(sources) and (problem := source_problem(*sizes[-1])):
                 raise ValueError(problem)
     except (FileNotFoundError, NotADirectoryError):

@@ -91,6 +91,14 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, box=cover_box(image.size, size), reducing_gap=3.0)
 
 
+def loss_mask(image: Image.Image, latents: torch.Tensor) -> torch.Tensor:
+    """float32 (1, ..., h, w) in [0, 1] for latents (..., h, w): how white the part of an image that each latent stands
+    for is on average."""
+    grey = torch.from_numpy(np.asarray(image.convert("L"), np.float32) / 255)  # (H, W)
+    size = latents.shape[-2:]
+    return torch.nn.functional.adaptive_avg_pool2d(grey[None], size).view(*[1] * (latents.ndim - 2), *size)
+
+
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """float32 (3, H, W) in [-1, 1] from an RGB image."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8

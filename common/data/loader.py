@@ -4,7 +4,7 @@ import atexit
 import signal
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.data import cache, order
 from common.data.cache import EmbeddingCache
+from common.data.images import loss_mask, resize_and_crop
+from common.data.manifest import Record, load_image
 from common.data.order import MicroBatchSampler, Place
 from common.processes import Run
-from common.settings import Batch, Shared
+from common.settings import Batch, Bucketed, Shared
 
 Row = TypeVar("Row")
 RANDOM_ROWS = 64  # of a benchmark
@@ -46,16 +49,37 @@ class Data:
 
 
 class CachedSamples(Dataset):
-    """Entries of a cache, by their places."""
+    """Entries of a cache, by their places. records: their rows; of several captions each epoch draws one, and those
+    after the first are entries of texts alone. mask(number, latents): the loss_mask of a row."""
 
-    def __init__(self, cache: EmbeddingCache, keys: Sequence[str]):
-        self.cache, self.keys = cache, list(keys)
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        keys: Sequence[str],
+        records: Sequence[Record] = (),
+        mask: Callable[[int, Tensor], Tensor] | None = None,
+    ):
+        self.cache, self.keys, self.mask = cache, list(keys), mask
+        several = {index: record.captions for index, record in enumerate(records) if record.other_texts}
+        self.captions = {index: ["", *map(cache.key, texts[1:])] for index, texts in several.items()}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, place: Place) -> dict:
-        return {**self.cache[self.keys[place.sample]], **of_place(place)}
+        caption = place.draw(self.captions.get(place.sample, [""]))  # "" is the one in the row's own entry
+        other = self.cache[caption] if caption else {}
+        return {**self.row(place.sample), **other, **of_place(place)}
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """The tensors of one row, with its first caption."""
+        entry = self.cache[self.keys[number]]
+        return entry | ({"loss_mask": self.mask(number, entry["latents"])} if self.mask else {})
+
+
+def other_texts(records: Iterable[Record]) -> list[str]:
+    """The rows' captions after the first, to be encoded as texts alone."""
+    return [text for record in records for text in record.other_texts]
 
 
 class RandomSamples(Dataset):
@@ -110,6 +134,51 @@ def rows_to_encode(
     return run.first_rows
 
 
+def encoded_rows(
+    run: Run,
+    cfg: Bucketed,
+    embeddings: EmbeddingCache,
+    rows: tuple[Sequence[Record], Sequence[Record]],
+    texts: Iterable[str],
+    encode: Callable[[dict[str, cache.Item]], None],
+    shape_ids: Sequence | None = None,
+) -> Data:
+    """The data of rows (to train on, held out) whose caption is the whole prompt: each at its bucket, with what
+    encode({key: item}) adds to the cache of rows and of texts, the empty one among them. shape_ids: of the rows to
+    train on."""
+    train, held_out = rows
+    both, count = [*train, *held_out], len(train)
+    buckets = order.choose_buckets(both, cfg.buckets.resolution, cfg.buckets.bucket_multiple)  # (width, height)
+    keys = [embeddings.key(row, bucket) for row, bucket in zip(both, buckets, strict=True)]
+    wanted = rows_to_encode(run, cfg, both, buckets[:count], shape_ids)
+    items: dict[str, cache.Item] = {keys[number]: (row, buckets[number]) for number, row in wanted.items()}
+    items |= {embeddings.key(text): (text, None) for text in ("", *texts, *other_texts(wanted.values()))}
+    cache.encode_missing(run, embeddings, items, encode)
+
+    def samples(part: slice) -> CachedSamples:
+        mask = partial(read_mask, cfg.data.train_data_dir, cfg.flow.mask_column, both[part], buckets[part])
+        return CachedSamples(embeddings, keys[part], both[part], mask if cfg.flow.mask_column else None)
+
+    unseen = samples(slice(count, None))
+    run.print(f"{count} rows to train on, {len(held_out)} held out; {order.describe_buckets(both, buckets)}")
+    return Data(
+        dataset=samples(slice(count)),
+        bucket_ids=buckets[:count],
+        shape_ids=shape_ids,
+        digest=order.data_digest(train, buckets[:count]),
+        empty_prompt=embeddings[embeddings.key("")],
+        held_out=[unseen.row(number) for number in range(len(unseen))],
+    )
+
+
+def read_mask(
+    train_data_dir: str, column: str, rows: Sequence[Record], buckets: Sequence, number: int, latents: Tensor
+) -> Tensor:
+    """The loss_mask of a row at its bucket, from the picture in its column."""
+    image = load_image(rows[number], train_data_dir, column, at_least=buckets[number])
+    return loss_mask(resize_and_crop(image, buckets[number]), latents)
+
+
 def make_sampler(
     data: Data, batch: Batch, run: Run, seed: int, segments: Sequence[Sequence[int]], start_step: int
 ) -> MicroBatchSampler:
@@ -117,6 +186,7 @@ def make_sampler(
     run.rows = {"train": len(data), "held_out": len(data.held_out), "shown": len(data.shown)}
     sizes = Counter(bucket for bucket in data.bucket_ids if isinstance(bucket, tuple))  # (width, height)
     run.rows["buckets"] = {" x ".join(map(str, size)): count for size, count in sizes.most_common()}
+    run.rows |= run.data_sets
     return MicroBatchSampler(
         data.bucket_ids,
         batch.train_batch_size,

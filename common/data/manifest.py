@@ -38,6 +38,20 @@ NO_MORE: dict = {}  # one for all rows
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One of a run's several data sets, and how its rows are used: see sets.py."""
+
+    train_data_dir: str
+    train_data_meta: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    repeats: int = 1
+    resolution: tuple[int, ...] = ()  # () is the run's
+    caption_prefix: str = ""
+    name: str = ""  # "1. portraits"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Record:
     """One row of a manifest: a target image, its caption and, for editing, its source images."""
@@ -56,6 +70,13 @@ class Record:
     problem: str = ""  # what load_manifest found wrong with the row; check_records reports it
     # Target, then sources: ("tar", path, offset, size) or ("parquet", path, row, column); () for ordinary files.
     inside: tuple[tuple, ...] = ()
+    other_texts: tuple[str, ...] = ()  # further captions; one of all is drawn in each epoch
+    data_set: DataSet | None = None  # where there are several; paths are relative to its train_data_dir
+    resolution: int = 0  # that this row is trained at; 0 is the run's
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.text, *self.other_texts)
 
     @property
     def where(self) -> str:
@@ -133,17 +154,18 @@ def _record(raw: RawRow) -> Record:
     path, text, kind = extra.pop(path_key, None), extra.pop(text_column, None), extra.pop("type", None) or "image"
     sources = extra.pop("source_file_path", None) or []
     sources = sources if isinstance(sources, list) else [sources]
+    texts = text if isinstance(text, list) else [text]
     problem = ""
     if not isinstance(path, str) or not path:
         problem = f"{path_key} is {short(path)}, expected a path"
-    elif not isinstance(text, str):
-        problem = f"{text_column} is {short(text)}, expected a caption"
-    elif not text.strip():
+    elif not texts or not all(isinstance(each, str) for each in texts):
+        problem = f"{text_column} is {short(text)}, expected a caption, or a list of captions"
+    elif not all(each.strip() for each in texts):
         problem = "empty caption"
     elif not all(isinstance(source, str) and source for source in sources):
         problem = f"source_file_path is {short(sources)}, expected paths"
     sources = tuple(map(str, sources))
-    path, text = str(path or ""), str(text or "")
+    path, text, *others = str(path or ""), *([""] if problem else texts)
     return Record(
         number,
         path,
@@ -154,6 +176,7 @@ def _record(raw: RawRow) -> Record:
         manifest=manifest,
         problem=problem,
         inside=inside,
+        other_texts=tuple(others),
     )
 
 
@@ -181,25 +204,37 @@ def _real(folder: str) -> str:
     return os.path.join(os.path.realpath(folder or "/"), "")
 
 
+def folder_of(record: Record, train_data_dir: str | Path) -> str:
+    """What a record's paths are relative to."""
+    return record.data_set.train_data_dir if record.data_set else str(train_data_dir)
+
+
 def place_of(record: Record, train_data_dir: str | Path, which: int | str | None) -> tuple:
     """(path, place in a tar) of what read_bytes would read; ValueError for parquet, whose rows must be read first."""
+    train_data_dir = folder_of(record, train_data_dir)
     if isinstance(which, str):
-        return (_inside(str(train_data_dir), record.extra[which]),)
+        return (_inside(train_data_dir, record.extra[which]),)
     place = 0 if which is None else which + 1
     if place < len(record.inside):
         kind, *rest = record.inside[place]
         if kind != "tar":
             raise ValueError("a row of parquet")
         return tuple(rest)
-    return (_inside(str(train_data_dir), record.file_path if which is None else record.source_file_path[which]),)
+    return (_inside(train_data_dir, record.file_path if which is None else record.source_file_path[which]),)
 
 
 def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | None = None) -> bytes:
     """The encoded bytes of the target (which=None), of source `which`, or of the file that column `which` names."""
+    train_data_dir = folder_of(record, train_data_dir)
+    place = 0 if which is None else which + 1 if isinstance(which, int) else len(record.inside)
     if isinstance(which, str):
-        return read_file(inside_folder(train_data_dir, str(record.extra[which])))
-    place = 0 if which is None else which + 1
-    value: object = record.file_path if which is None else record.source_file_path[which]
+        value = record.extra.get(which)
+        if value is None and record.inside and record.inside[0][0] == "parquet":
+            value = table_bytes(*record.inside[0][1:3], which)
+        if not isinstance(value, str | bytes):
+            raise ValueError(f"is {short(value)}, expected a path")
+    else:
+        value = record.file_path if which is None else record.source_file_path[which]
     if place < len(record.inside):
         kind, path, *rest = record.inside[place]
         if kind == "tar":

@@ -7,10 +7,10 @@ goes on exactly from any step, also on another number of processes.
 import hashlib
 import json
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -20,6 +20,7 @@ from common.data.manifest import Record
 # ---- aspect buckets
 
 
+ENLARGED = 1.05  # what is scaled by more is worth a notice; less is rounding
 USUAL_SIZES = {  # that models are known to draw at a resolution: such pictures stay as they are
     1328: {(1664, 928), (928, 1664), (1584, 1056), (1056, 1584), (1472, 1104), (1104, 1472)},
 }
@@ -40,10 +41,11 @@ def make_buckets(resolution: int, step: int = 32, max_aspect: float = 2.0) -> li
 
 
 def choose_buckets(records: Sequence[Record], resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
-    """The (width, height) bucket of each checked record."""
-    buckets = make_buckets(resolution, multiple)
-    of_size = {size: nearest_bucket(*size, buckets) for size in {(record.width, record.height) for record in records}}
-    return [of_size[record.width, record.height] for record in records]
+    """The (width, height) bucket of each checked record, at its own resolution or at this one."""
+    kinds = {(record.resolution or resolution, record.width, record.height) for record in records}
+    buckets = {side: make_buckets(side, multiple) for side, _, _ in kinds}
+    of_kind = {kind: nearest_bucket(*kind[1:], buckets[kind[0]]) for kind in kinds}
+    return [of_kind[record.resolution or resolution, record.width, record.height] for record in records]
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -141,6 +143,11 @@ def advance_segments(
     return result
 
 
+def drawn(choices: int, seed: int, epoch: int, sample: int) -> int:
+    """Which of so many choices a row has in an epoch."""
+    return int(np.random.RandomState([seed, epoch, sample]).randint(choices)) if choices > 1 else 0
+
+
 class Place(NamedTuple):
     """What the loader asks a dataset for; use the names, fields may be added."""
 
@@ -149,6 +156,11 @@ class Place(NamedTuple):
     position: int  # within the step's group, from 0
     group: tuple[int, ...] = ()  # samples of the whole step, over all micro-batches and processes
     epoch: int = 0  # passes over the data that came before this one
+    seed: int = 0  # of the order
+
+    def draw(self, choices: Sequence) -> Any:
+        """One of a row's choices, for instance of its captions."""
+        return choices[drawn(len(choices), self.seed, self.epoch, self.sample)]
 
 
 class MicroBatchSampler(Sampler[list[Place]]):
@@ -192,7 +204,8 @@ class MicroBatchSampler(Sampler[list[Place]]):
             whole = tuple(sample for sample, _ in group)
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [Place(whole[at], step, at, whole, group[at][1]) for at in range(first, first + self.batch_size)]
+                places = range(first, first + self.batch_size)
+                yield [Place(whole[at], step, at, whole, group[at][1], self.seed) for at in places]
 
     def steps(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """(step, [(sample, epoch), ...]) of all processes, endless: what a run will need, known before it starts."""
@@ -201,7 +214,13 @@ class MicroBatchSampler(Sampler[list[Place]]):
         yield from enumerate(groups, start=self.start_step)
 
 
-def describe_buckets(buckets: Sequence[tuple[int, int]]) -> str:
-    """How many samples each (width, height) bucket has, for a person to read."""
-    counts = [f"{width} x {height}: {buckets.count((width, height))}" for width, height in sorted(set(buckets))]
-    return "buckets (width x height): " + ", ".join(counts)
+def describe_buckets(records: Sequence[Record], buckets: Sequence[tuple[int, int]]) -> str:
+    """How many samples each (width, height) bucket has, and how many pictures are too small for theirs."""
+    sizes, alike = (
+        Counter(buckets),
+        Counter((r.width, r.height, *size) for r, size in zip(records, buckets, strict=True)),
+    )
+    small = sum(n for (*size, width, height), n in alike.items() if max(width / size[0], height / size[1]) > ENLARGED)
+    counts = ", ".join(f"{width} x {height}: {number}" for (width, height), number in sorted(sizes.items()))
+    enlarged = f"; {small} of {len(buckets)} pictures are smaller than their bucket and are enlarged" if small else ""
+    return f"buckets (width x height): {counts}{enlarged}"

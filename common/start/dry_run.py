@@ -22,7 +22,7 @@ from common.data.order import MicroBatchSampler, Place
 from common.processes import Run
 from common.record.folder import write_atomically
 from common.record.report_parts import img, page, section, table, text
-from common.settings import Pictured, Shared
+from common.settings import Bucketed, Pictured, Shared
 from common.step.flow_matching import errors_by_sigma
 
 Said = list[tuple[str, bool]]  # pieces of a text, and whether each stands out
@@ -37,7 +37,7 @@ h3 { margin: 0; }
 </style>"""
 
 
-class Captioned(Pictured, Protocol):
+class Captioned(Bucketed, Protocol):
     """What is read here of a Config whose prompts are captions."""
 
     max_sequence_length: int
@@ -118,9 +118,16 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join([*said, tokenizer.decode(plain)])
 
 
-def sample_of_row(run: Run, cfg: Pictured, data: loader.Data, prompt: Callable[[str], Said], place: Place) -> Sample:
-    """A row of pictures with a caption: its picture as it lies and as it is cut to its bucket, and its sources.
-    prompt(caption): see prompt_seen."""
+def sample_of_row(
+    run: Run,
+    cfg: Pictured,
+    data: loader.Data,
+    prompt: Callable[[str], Said],
+    place: Place,
+    file_columns: Sequence[str] = (),
+) -> Sample:
+    """A row of pictures with a caption: its picture as it lies and as it is cut to its bucket, its sources, and the
+    pictures of file_columns. prompt(caption): see prompt_seen."""
     row, bucket, folder = run.first_rows[place.sample], data.bucket_ids[place.sample], cfg.data.train_data_dir
     image = load_image(row, folder)
     pictures = {
@@ -130,7 +137,10 @@ def sample_of_row(run: Run, cfg: Pictured, data: loader.Data, prompt: Callable[[
     for which in range(len(row.source_file_path)):
         source = load_image(row, folder, which)
         pictures[f"source {which + 1}, {size_of(source)}"] = source
-    return Sample(f"{row.file_path} ({row.where})", pictures, prompt(row.text), row.text)
+    for column in file_columns:
+        pictures[column] = resize_and_crop(load_image(row, folder, column), bucket)
+    caption = place.draw(row.captions)
+    return Sample(f"{row.file_path} ({row.where})", pictures, prompt(caption), caption)
 
 
 def size_of(image: Image.Image) -> str:
@@ -250,7 +260,8 @@ def show_captioned(
     encode = reading(pipeline_class, tokenizer=tokenizer).encode_prompt
     prompt = partial(prompt_seen, tokenizer, encode, max_sequence_length=cfg.max_sequence_length)
     losses = partial(errors_by_sigma, sample_errors, models, seed=cfg.run.seed, device=run.device)
-    show(run, cfg, data, sampler, models.transformer, losses, partial(sample_of_row, run, cfg, data, prompt))
+    sample = partial(sample_of_row, run, cfg, data, prompt, file_columns=cfg.flow.mask_columns)
+    show(run, cfg, data, sampler, models.transformer, losses, sample)
 
 
 def drawn(sample: Sample) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from common import rules
 from common.data.cache import read_header
 from common.data.json_rows import decode, parse_json
+from common.data.sets import LISTS
 from common.processes import Run, on_main
 from common.settings import Shared
 
@@ -34,7 +35,7 @@ def resolve_paths(cfg: Shared, recipe_dir: Path, argv: Sequence[str] | None = No
     if cfg.run.plan:
         return
     data = cfg.data.train_data_dir
-    if not (cfg.run.benchmark or Path(data).is_dir() or (is_hub_name(data) and not Path(data).parent.is_dir())):
+    if not (cfg.run.benchmark or Path(data).is_dir() or _lists_sets(cfg) or _may_be_on_the_hub(data)):
         raise ValueError(
             f"train_data_dir {rules.short(data)} is no folder; expected the one that the manifest's paths start from"
         )
@@ -95,6 +96,15 @@ def check_part(part: Path) -> None:
             read_header(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} is cut short or damaged ({error}); download it again") from error
+
+
+def _lists_sets(cfg: Shared) -> bool:
+    file = Path(cfg.data.train_data_dir)
+    return hasattr(cfg, "pictures") and file.suffix in LISTS and file.is_file()
+
+
+def _may_be_on_the_hub(data: str) -> bool:
+    return is_hub_name(data) and not Path(data).parent.is_dir()
 
 
 def is_hub_name(name: str) -> bool:

@@ -115,12 +115,19 @@ def draw_sigmas(uniform: Tensor, flow: FlowMatching, shift: float) -> Tensor:
     return shift_sigmas(sigmas, flow.timestep_shift or shift)
 
 
-def squared_errors(velocity_pred: Tensor, target: Tensor) -> Tensor:
-    """(B,) mean squared error of each sample, in float32. Shapes must be equal, no broadcasting."""
-    assert velocity_pred.shape == target.shape, (
-        f"{tuple(velocity_pred.shape)} predicted, {tuple(target.shape)} expected"
-    )
-    return (velocity_pred.float() - target.float()).pow(2).flatten(1).mean(dim=1)
+def error_weights(batch: dict, latents: Tensor) -> Tensor:
+    """(B, ...) as latents: what the squared error of each counts, by the batch's loss_mask (B, 1, ..., h, w); 1
+    without."""
+    return batch.get("loss_mask", latents.new_ones(1)).to(latents.device).expand_as(latents)
+
+
+def squared_errors(velocity_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(B,) mean of each sample's squared errors times their weights, in float32; the mean is over all of them, so that
+    a sample of which half is masked counts half. Shapes must be equal, no broadcasting."""
+    for each in (target, velocity_pred if weights is None else weights):
+        assert velocity_pred.shape == each.shape, f"{tuple(velocity_pred.shape)} predicted, {tuple(each.shape)} given"
+    errors = (velocity_pred.float() - target.float()).pow(2)
+    return (errors if weights is None else errors * weights).flatten(1).mean(dim=1)
 
 
 def errors_by_sigma(

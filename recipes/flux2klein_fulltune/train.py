@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest, order
+from common.data import cache, check, images, loader, manifest
 from common.data.cache import EmbeddingCache
 from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
@@ -168,28 +168,16 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
         latents="moments" if cfg.flow.cache_moments else "mode",
         precision=cfg.precision.mixed_precision,
     )
-    train, held_out = check.load_records(cfg, run, embeddings.known_good(), source_problem=reference_images.problem)
+    checks = {"source_problem": reference_images.problem, "file_columns": cfg.flow.mask_columns}
+    train, held_out = check.load_records(cfg, run, embeddings.known_good(), **checks)
     usual_file = Path(cfg.data.train_data_dir) / "validation_prompts.txt"
     prompts = folders.read_prompts(cfg.prompts.validation_prompts, usual_file)
     shown = reference_images.shown(prompts, cfg.validation_image_paths, held_out[:4], cfg.data.train_data_dir)
-    rows = train + held_out
-    buckets = order.choose_buckets(rows, cfg.buckets.resolution, cfg.buckets.bucket_multiple)  # (width, height)
-    keys = [embeddings.key(row, bucket) for row, bucket in zip(rows, buckets, strict=True)]
-    wanted = loader.rows_to_encode(run, cfg, rows, buckets[: len(train)], reference_images.shapes(train))
-    items: dict[str, cache.Item] = {keys[number]: (row, buckets[number]) for number, row in wanted.items()}
-    items |= {embeddings.key(text): (text, None) for text in ("", *(text for text, _ in shown))}
-    cache.encode_missing(run, embeddings, items, partial(encode, cfg, run, folder, embeddings))
-    run.print(f"{len(train)} rows to train on, {len(held_out)} held out; {order.describe_buckets(buckets)}")
-    buckets = buckets[: len(train)]
-    return loader.Data(
-        dataset=loader.CachedSamples(embeddings, keys[: len(train)]),
-        bucket_ids=buckets,
-        shape_ids=reference_images.shapes(train),
-        digest=order.data_digest(train, buckets),
-        empty_prompt=embeddings[embeddings.key("")],
-        held_out=[embeddings[key] for key in keys[len(train) :]],
-        shown=[(text, embeddings[embeddings.key(text)]["prompt_embeds"], references) for text, references in shown],
-    )
+    prompts, shapes = [text for text, _ in shown], reference_images.shapes(train)
+    encode_missing = partial(encode, cfg, run, folder, embeddings)
+    data = loader.encoded_rows(run, cfg, embeddings, (train, held_out), prompts, encode_missing, shapes)
+    data.shown = [(text, embeddings[embeddings.key(text)]["prompt_embeds"], references) for text, references in shown]
+    return data
 
 
 def random_sample(cfg: Config, transformer: dict, rng: torch.Generator) -> dict[str, Tensor]:
@@ -293,7 +281,8 @@ def sample_errors(models: Models, batch: dict, latents: Tensor, noise: Tensor, s
     """(B,) what is minimised, of each sample: latents and noise (B, 128, H/16, W/16), sigma (B,). Training and the
     held-out loss both call it."""
     velocity_pred = predict_velocity(models, fm.add_noise(latents, noise, sigma), sigma, batch)
-    return fm.squared_errors(velocity_pred, pack_latents(fm.velocity_target(latents, noise)))  # of (B, S, 128)
+    target, weights = fm.velocity_target(latents, noise), fm.error_weights(batch, latents)
+    return fm.squared_errors(velocity_pred, pack_latents(target), pack_latents(weights))  # of (B, S, 128)
 
 
 def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict]:

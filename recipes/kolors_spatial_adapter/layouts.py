@@ -39,6 +39,8 @@ class LayoutRow:
     boxes: tuple[tuple[float, ...], ...]  # in the cropped picture
     phrase_ids: tuple[tuple[int, ...], ...]  # indices into the vocabulary, the end among them
     add_time_ids: tuple[int, ...]
+    picture: int  # the same for each sample of it: no negative of itself
+    captions: tuple[str, ...] = ("",)  # keys of the row's captions, "" for the one in its own entry
 
 
 def find_labelled(data: settings.Data) -> None:
@@ -133,6 +135,8 @@ def layout_row(
         boxes=tuple(item["bbox"] for item in objects),
         phrase_ids=tuple(indices[item["phrase"]] for item in objects),
         add_time_ids=size_conditions(record, bucket),
+        picture=int(record.digest[:15], 16),
+        captions=("", *map(embeddings.key, record.other_texts)),
     )
 
 
@@ -149,7 +153,7 @@ class LayoutSamples(Dataset):
     """Rows as a dataset for MicroBatchSampler: encoded tensors, boxes in `slots` places, and where in the step.
 
     latents (4, h, w) and, with flips, latents_flipped; prompt_embeds (L, D), pooled_prompt_embeds (D,); phrases
-    (slots, D), boxes (slots, 4), has_box (slots,), phrase_ids (slots, T); add_time_ids (6,); row, its number.
+    (slots, D), boxes (slots, 4), has_box (slots,), phrase_ids (slots, T); add_time_ids (6,); rows, the picture's.
     """
 
     def __init__(self, embeddings: EmbeddingCache, rows: Sequence[LayoutRow], slots: int):
@@ -160,7 +164,9 @@ class LayoutSamples(Dataset):
         return len(self.rows)
 
     def __getitem__(self, place: Place) -> dict:
-        return {**self.sample(place.sample), **of_place(place)}
+        caption = place.draw(self.rows[place.sample].captions)
+        other = self.embeddings[caption] if caption else {}
+        return {**self.sample(place.sample), **other, **of_place(place)}
 
     def sample(self, number: int) -> dict[str, Tensor]:
         """The tensors of one row."""
@@ -179,7 +185,7 @@ class LayoutSamples(Dataset):
             "has_box": torch.arange(self.slots) < count,
             "phrase_ids": phrase_ids,
             "add_time_ids": torch.tensor(row.add_time_ids),
-            "rows": torch.tensor(number),
+            "rows": torch.tensor(row.picture),
         }
 
 

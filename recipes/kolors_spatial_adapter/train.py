@@ -204,12 +204,13 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> tuple[loader.Data, list
     items: dict[str, tuple] = {placed[number].key: ("row", row, buckets[number]) for number, row in wanted.items()}
     phrases = {*layouts.phrases_of(row.extra for row in wanted.values()), *layouts.phrases_of(shown)}
     items |= {layouts.phrase_key(embeddings, phrase): ("phrase", phrase) for phrase in phrases}
-    items |= {embeddings.key(text): ("prompt", text) for text in ("", *(row["text"] for row in shown))}
+    texts = ("", *(row["text"] for row in shown), *loader.other_texts(wanted.values()))
+    items |= {embeddings.key(text): ("prompt", text) for text in texts}
     cache.encode_missing(run, embeddings, items, partial(encode, cfg, run, folder, embeddings))
 
     boxes = sum(len(row.boxes) for row in placed)
     lost = sum(len(row.extra["objects"]) for row in rows) - boxes
-    run.print(f"{n} rows to train on, {len(held_out)} held out; {order.describe_buckets(buckets)}")
+    run.print(f"{n} rows to train on, {len(held_out)} held out; {order.describe_buckets(rows, buckets)}")
     run.print(f"{boxes} boxes, {lost} more were cut away by crops or over max_objects")
     samples = layouts.LayoutSamples(embeddings, placed[:n], cfg.slots())
     unseen = layouts.LayoutSamples(embeddings, placed[n:], cfg.slots())

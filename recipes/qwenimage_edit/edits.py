@@ -30,8 +30,8 @@ from common.data.cache import EmbeddingCache
 from common.data.check import check, load_records
 from common.data.images import check_image, decode_image, resize_and_crop
 from common.data.known_files import KnownFiles
-from common.data.manifest import Record, load_image, load_manifest, read_bytes
-from common.data.order import MicroBatchSampler
+from common.data.manifest import Record, folder_of, load_image, load_manifest, read_bytes
+from common.data.order import MicroBatchSampler, drawn
 from common.processes import Run, on_main
 from common.start.folders import read_prompts
 from common.step import flow_matching as fm
@@ -91,14 +91,14 @@ def source_size(size: tuple[int, int], pixels: int = VAE_IMAGE_SIZE) -> tuple[in
     return calculate_dimensions(pixels, size[0] / size[1])
 
 
-def target_size(cfg: EditConfig, size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """At the full image_sample_size: a square to be cut from the centre, or with enable_bucket the whole picture. Of
-    fix_sample_size, what is a multiple.
+def target_size(cfg: EditConfig, size: tuple[int, int], multiple: int, own: int = 0) -> tuple[int, int]:
+    """At image_sample_size, or the row's own: a square to be cut from the centre, or with enable_bucket the whole
+    picture. Of fix_sample_size, what is a multiple.
 
     Then its aspect is rounded as the pipelines round a source's (to 32 pixels, where the model can), so that a target
     of its source's aspect lies on it pixel by pixel.
     """
-    side = cfg.image_sample_size
+    side = max(multiple, own // multiple * multiple) if own else cfg.image_sample_size
     if cfg.videox_fun.fix_sample_size:
         height, width = (max(multiple, fixed // multiple * multiple) for fixed in cfg.videox_fun.fix_sample_size)
         return width, height
@@ -145,6 +145,7 @@ class View(NamedTuple):
     size: tuple[int, int]  # of the target
     frame: int  # of a video; 0 for images
     flip: bool = False  # mirrored, target and sources
+    caption: int = 0  # which of the row's
 
 
 @dataclass
@@ -161,16 +162,18 @@ class Rows:
         if self.frames[row] > 1:
             frame = int(np.random.RandomState(seeds).randint(self.frames[row]))
         flip = cfg.videox_fun.random_flip and np.random.RandomState([*seeds, 1]).rand() < 0.5
-        return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame, bool(flip))
+        caption = drawn(len(self.records[row].captions), cfg.run.seed, epoch, row)
+        return View(row, size_at(cfg, self.buckets[row], step, self.multiple), frame, bool(flip), caption)
 
     def first_views(self, cfg: EditConfig) -> list[View]:
-        """Each row as the first step would see it, never mirrored: the only one, without random sizes, videos and
-        random_flip."""
-        return [self.view(cfg, row, 0, 0)._replace(flip=False) for row in range(len(self.records))]
+        """Each row as the first step would see it, never mirrored, with its first caption: the only one, without
+        random sizes, videos, random_flip and further captions."""
+        return [self.view(cfg, row, 0, 0)._replace(flip=False, caption=0) for row in range(len(self.records))]
 
     def views(self, cfg: EditConfig, sampler: MicroBatchSampler, max_train_steps: int) -> set[View]:
         """All that the rest of the run will need: the order of samples is known beforehand."""
-        if not (cfg.random_hw_adapt or cfg.videox_fun.random_flip) and max(self.frames) == 1:
+        varied = cfg.random_hw_adapt or cfg.videox_fun.random_flip or any(row.other_texts for row in self.records)
+        if not varied and max(self.frames) == 1:
             return set(self.first_views(cfg))
         needed = set()
         for step, group in sampler.steps():
@@ -187,7 +190,8 @@ class Rows:
 def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: KnownFiles) -> tuple[Rows, Rows]:
     """Checked rows: those to train on, and those held out for the validation loss."""
     problem = partial(row_problem, train_mode=cfg.train_mode)
-    train, held_out = load_records(cfg, run, known_good, row_problem=problem, **CHECKS)
+    columns = cfg.flow.mask_columns
+    train, held_out = load_records(cfg, run, known_good, row_problem=problem, file_columns=columns, **CHECKS)
     parts = train[: cfg.videox_fun.max_train_samples or None], held_out
     train, held_out = (on_main(run, measured, cfg, records, multiple) for records in parts)
     return train, held_out
@@ -195,7 +199,7 @@ def load_rows(cfg: EditConfig, run: Run, multiple: int, known_good: KnownFiles) 
 
 def measured(cfg: EditConfig, records: list[Record], multiple: int) -> Rows:
     """Checked records with their targets' sizes and their numbers of frames."""
-    buckets = [target_size(cfg, (record.width, record.height), multiple) for record in records]
+    buckets = [target_size(cfg, (record.width, record.height), multiple, record.resolution) for record in records]
     return Rows(records, buckets, [frames_of(record, cfg.data.train_data_dir) for record in records], multiple)
 
 
@@ -220,7 +224,7 @@ class Picture(NamedTuple):
         """Equal for pictures that are encoded alike: the same file and frame in the same role at the same size."""
         sources = self.record.source_file_path
         path = self.record.file_path if self.which is None else sources[self.which]
-        return self.size, path, self.frame, self.which is None, self.flip
+        return self.size, folder_of(self.record, ""), path, self.frame, self.which is None, self.flip
 
     def load(self, train_data_dir: str) -> Image.Image:
         """RGB, as large as it is, mirrored where the row is."""
@@ -234,6 +238,12 @@ def load_picture(record: Record, train_data_dir: str, which: int | None, frame: 
     if record.type == "video":
         return read_frame(read_bytes(record, train_data_dir, which), frame)
     return load_image(record, train_data_dir, which)
+
+
+def mask_of(cfg: EditConfig, record: Record, view: View) -> Image.Image:
+    """What of the target counts, as the target is seen."""
+    image = load_image(record, cfg.data.train_data_dir, cfg.flow.mask_column)
+    return fit_target(cfg, ImageOps.mirror(image) if view.flip else image, view.size)
 
 
 def draws(cfg: EditConfig, step: int, positions: Sequence[int], group_size: int) -> tuple[list, Tensor, Tensor]:

@@ -3,6 +3,7 @@ pipeline's own parts, at the sizes that it gives them."""
 
 import hashlib
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from edits import (
     View,
     draws,
     fit_target,
+    mask_of,
     source_size,
 )
 from PIL import Image
@@ -30,7 +32,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 
 from common.data import cache
 from common.data.cache import EmbeddingCache, folder_fingerprint
-from common.data.images import image_to_tensor
+from common.data.images import image_to_tensor, loss_mask
 from common.data.loader import of_place
 from common.data.manifest import Record
 from common.data.order import Place
@@ -165,17 +167,23 @@ def source_key(embeddings: EmbeddingCache, record: Record, view: View, which: in
 
 
 def prompt_key(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> str:
+    if view.caption and not empty:
+        record = replace(record, text=record.captions[view.caption])
     return embeddings.key(record, None, part="empty prompt" if empty else "prompt", **seen(view))
 
 
-def load_view(embeddings: EmbeddingCache, record: Record, view: View, empty: bool) -> dict[str, Tensor]:
-    """latents (and posterior_std) of the target, source_0, source_1, ..., prompt_embeds."""
+def load_view(
+    cfg: EditConfig, embeddings: EmbeddingCache, record: Record, view: View, empty: bool
+) -> dict[str, Tensor]:
+    """latents (and posterior_std) of the target, source_0, source_1, ..., prompt_embeds, and loss_mask, if any."""
     tensors = {
         **embeddings[target_key(embeddings, record, view)],
         **embeddings[prompt_key(embeddings, record, view, empty)],
     }
     for which in range(len(record.source_file_path)):
         tensors[f"source_{which}"] = embeddings[source_key(embeddings, record, view, which)]["latents"]
+    if cfg.flow.mask_column:
+        tensors["loss_mask"] = loss_mask(mask_of(cfg, record, view), tensors["latents"])
     return tensors
 
 
@@ -192,7 +200,7 @@ class EncodedEdits(Dataset):
         record = self.rows.records[place.sample]
         view = self.rows.view(self.cfg, place.sample, place.step, place.epoch)
         _, _, dropped = draws(self.cfg, place.step, [place.position], len(place.group))
-        return {**load_view(self.embeddings, record, view, bool(dropped[0])), **of_place(place)}
+        return {**load_view(self.cfg, self.embeddings, record, view, bool(dropped[0])), **of_place(place)}
 
 
 # ---- encoding
@@ -214,11 +222,12 @@ def what_to_encode(
     for rows, views in parts:
         for view in sorted(views):
             record = rows.records[view.row]
+            caption = record.captions[view.caption]
             sizes = [source_size(size) for size in record.source_sizes]
             sources = [Picture(size, record, which, view.frame, view.flip) for which, size in enumerate(sizes)]
             pictures[target_key(embeddings, record, view)] = Picture(view.size, record, None, view.frame, view.flip)
             pictures |= {source_key(embeddings, record, view, source.which): source for source in sources}
-            prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(record.text, sources)
+            prompts[prompt_key(embeddings, record, view, empty=False)] = Instruction(caption, sources)
             if cfg.pictures.caption_dropout:
                 prompts[prompt_key(embeddings, record, view, empty=True)] = Instruction(EMPTY, sources)
     for edit in shown:
@@ -285,11 +294,14 @@ def sample_to_look_at(cfg: EditConfig, folder: Path, data: EncodedEdits, place: 
     for which, size in enumerate(map(source_size, record.source_sizes)):
         sources.append(Picture(size, record, which, view.frame, view.flip).load(cfg.data.train_data_dir))
         pictures[f"source {which + 1}, {dry_run.size_of(sources[-1])} -> {size[0]} x {size[1]}{how}"] = sources[-1]
+    if cfg.flow.mask_column:
+        pictures[cfg.flow.mask_column] = mask_of(cfg, record, view)
     _, _, dropped = draws(cfg, place.step, [place.position], len(place.group))
-    text = EMPTY if dropped[0] else record.text
+    caption = record.captions[view.caption]
+    text = EMPTY if dropped[0] else caption
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     processor = Qwen2VLProcessor.from_pretrained(folder / "processor")
     pipeline = dry_run.reading(PIPELINES[cfg.train_mode], tokenizer=tokenizer, processor=processor)
     said = dry_run.prompt_seen(tokenizer, partial(encode_prompt, pipeline, cfg.train_mode, text, sources))
     title = f"{record.file_path} ({record.where})" + (", its caption dropped in this step" if dropped[0] else "")
-    return dry_run.Sample(title, pictures, said, record.text)
+    return dry_run.Sample(title, pictures, said, caption)

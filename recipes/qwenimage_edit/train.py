@@ -138,11 +138,10 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
     held_out_views = held_out.first_views(cfg)
     items = encoding.what_to_encode(cfg, embeddings, [(train, to_see), (held_out, set(held_out_views))], shown)
     encoding.encode_missing(cfg, run, folder, embeddings, items)
-    run.print(
-        f"{len(data)} rows to train on, {len(held_out_views)} held out; {order.describe_buckets(data.bucket_ids)}"
-    )
+    sizes = order.describe_buckets(train.records, train.buckets)
+    run.print(f"{len(data)} rows to train on, {len(held_out_views)} held out; {sizes}")
     data.held_out = [
-        encoding.load_view(embeddings, record, view, empty=False)
+        encoding.load_view(cfg, embeddings, record, view, empty=False)
         for record, view in zip(held_out.records, held_out_views, strict=True)
     ]
     data.shown = [
@@ -266,7 +265,8 @@ def sample_errors(models: Models, batch: dict, latents: Tensor, noise: Tensor, s
     held-out loss both call it."""
     noisy_latents = fm.add_noise(latents, noise, sigma)
     velocity_pred = predict_velocity(models, noisy_latents, sigma, batch["prompt_embeds"], sources_of(batch))
-    return fm.squared_errors(velocity_pred, pack_latents(fm.velocity_target(latents, noise)))  # of (B, S, 64)
+    target, weights = fm.velocity_target(latents, noise), fm.error_weights(batch, latents)
+    return fm.squared_errors(velocity_pred, pack_latents(target), pack_latents(weights))  # of (B, S, 64)
 
 
 def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest, order
+from common.data import cache, check, images, loader, manifest
 from common.data.cache import EmbeddingCache
 from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
@@ -148,26 +148,13 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
         latents="moments" if cfg.flow.cache_moments else "mode",
         precision=cfg.precision.mixed_precision,
     )
-    train, held_out = check.load_records(cfg, run, embeddings.known_good())
+    train, held_out = check.load_records(cfg, run, embeddings.known_good(), file_columns=cfg.flow.mask_columns)
     usual_file = Path(cfg.data.train_data_dir) / "validation_prompts.txt"
     prompts = folders.read_prompts(cfg.prompts.validation_prompts, usual_file) or [row.text for row in held_out[:4]]
-    rows = train + held_out
-    buckets = order.choose_buckets(rows, cfg.buckets.resolution, cfg.buckets.bucket_multiple)  # (width, height)
-    keys = [embeddings.key(row, bucket) for row, bucket in zip(rows, buckets, strict=True)]
-    wanted = loader.rows_to_encode(run, cfg, rows, buckets[: len(train)])
-    items: dict[str, cache.Item] = {keys[number]: (row, buckets[number]) for number, row in wanted.items()}
-    items |= {embeddings.key(text): (text, None) for text in ("", *prompts)}
-    cache.encode_missing(run, embeddings, items, partial(encode, cfg, run, folder, embeddings))
-    run.print(f"{len(train)} rows to train on, {len(held_out)} held out; {order.describe_buckets(buckets)}")
-    buckets = buckets[: len(train)]
-    return loader.Data(
-        dataset=loader.CachedSamples(embeddings, keys[: len(train)]),
-        bucket_ids=buckets,
-        digest=order.data_digest(train, buckets),
-        empty_prompt=embeddings[embeddings.key("")],
-        held_out=[embeddings[key] for key in keys[len(train) :]],
-        shown=[(text, embeddings[embeddings.key(text)]["prompt_embeds"]) for text in prompts],
-    )
+    encode_missing = partial(encode, cfg, run, folder, embeddings)
+    data = loader.encoded_rows(run, cfg, embeddings, (train, held_out), prompts, encode_missing)
+    data.shown = [(text, embeddings[embeddings.key(text)]["prompt_embeds"]) for text in prompts]
+    return data
 
 
 def random_sample(cfg: Config, transformer: dict, rng: torch.Generator) -> dict[str, Tensor]:
@@ -249,7 +236,8 @@ def sample_errors(models: Models, batch: dict, latents: Tensor, noise: Tensor, s
     """(B,) what is minimised, of each sample: latents and noise (B, 16, 1, H/8, W/8), sigma (B,). Training and the
     held-out loss both call it."""
     velocity_pred = predict_velocity(models, fm.add_noise(latents, noise, sigma), sigma, batch["prompt_embeds"])
-    return fm.squared_errors(velocity_pred, pack_latents(fm.velocity_target(latents, noise)))  # of (B, S, 64)
+    target, weights = fm.velocity_target(latents, noise), fm.error_weights(batch, latents)
+    return fm.squared_errors(velocity_pred, pack_latents(target), pack_latents(weights))  # of (B, S, 64)
 
 
 def compute_loss(models: Models, batch: dict, cfg: Config) -> tuple[Tensor, dict]:

@@ -178,17 +178,19 @@ def test_phrases_become_indices(layouts, make_tiny):
 
 
 def test_samples(layouts, tmp_path):
-    """Catches phrases and boxes in different slots, null slots that look used, a row number of another row."""
+    """Catches phrases and boxes in different slots, null slots that look used, a row number of another row, and
+    captions after the first that are never drawn."""
     cache = EmbeddingCache(tmp_path, {})
     embeds = {phrase: torch.full((6,), float(number)) for number, phrase in enumerate(("red", "blue"), start=1)}
     for phrase, embed in embeds.items():
         cache.add(cache.key(phrase, kind="phrase"), {"phrase_embed": embed})
     cache.add("picture", {"latents": torch.ones(4, 2, 2), "prompt_embeds": torch.zeros(3, 6)})
+    cache.add("second caption", {"prompt_embeds": torch.ones(2, 6)})
     keys = tuple(cache.key(phrase, kind="phrase") for phrase in embeds)
     boxes = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8))
     rows = [
-        layouts.LayoutRow("picture", (), (), (), (8, 8, 0, 0, 8, 8)),
-        layouts.LayoutRow("picture", keys, boxes, ((0, 2), (1, 0, 2)), (8, 8, 0, 0, 8, 8)),
+        layouts.LayoutRow("picture", (), (), (), (8, 8, 0, 0, 8, 8), 70, ("", "second caption")),
+        layouts.LayoutRow("picture", keys, boxes, ((0, 2), (1, 0, 2)), (8, 8, 0, 0, 8, 8), 71),
     ]
     samples = layouts.LayoutSamples(cache, rows, slots=3)
     batch = collate([samples[Place(number, 5, number)] for number in (0, 1)])
@@ -196,7 +198,9 @@ def test_samples(layouts, tmp_path):
     assert torch.allclose(batch["boxes"][1, :2], torch.tensor(boxes)) and batch["boxes"][0].abs().sum() == 0
     assert batch["phrases"][1, :, 0].tolist() == [1, 2, 0]
     assert batch["phrase_ids"][1].tolist() == [[0, 2, -100], [1, 0, 2], [-100] * 3]
-    assert batch["rows"].tolist() == [0, 1] and batch["step"] == 5 and batch["positions"] == [0, 1]
+    assert batch["rows"].tolist() == [70, 71] and batch["step"] == 5 and batch["positions"] == [0, 1]
+    captions = [len(samples[Place(0, 5, 0, epoch=epoch)]["prompt_embeds"]) for epoch in range(20)]
+    assert set(captions) == {3, 2} and len(samples.sample(0)["prompt_embeds"]) == 3
 
 
 @pytest.mark.parametrize(

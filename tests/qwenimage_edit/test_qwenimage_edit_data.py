@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import Qwen2VLProcessor
 
 from common import rules
+from common.data.cache import EmbeddingCache
 from common.data.loader import collate
-from common.data.manifest import Record
+from common.data.manifest import DataSet, Record
 from common.data.order import MicroBatchSampler
 from common.start.config import parse_recipe
 
@@ -447,6 +448,35 @@ def test_random_hw_adapt_is_encoded_beforehand(settings, edits):
     assert len(views) < 12 * 10
 
 
+def test_each_epoch_draws_an_instruction(settings, edits, encoding, tmp_path):
+    """Catches a list of instructions of which one is trained alone, or that is not encoded beforehand, another
+    instruction's prompt, and held-out rows that do not keep to the first."""
+    cfg = settings(image_sample_size=64)
+    more = {"digest": "0" * 8, "source_sizes": ((64, 64),)}
+    records = [Record(n, f"{n}.png", "a", ("s.png",), other_texts=("b", "c") if n else (), **more) for n in range(2)]
+    rows = edits.Rows(records, [(64, 64)] * 2, [1] * 2, 16)
+    sampler = MicroBatchSampler(rows.buckets, 1, 1, 0, 1, cfg.run.seed, shape_ids=rows.source_shapes())
+    views, embeddings = rows.views(cfg, sampler, max_train_steps=40), EmbeddingCache(tmp_path, {})
+    assert {(view.row, view.caption) for view in views} == {(0, 0), (1, 0), (1, 1), (1, 2)}
+    assert {view.caption for view in rows.first_views(cfg)} == {0}
+    items = encoding.what_to_encode(cfg, embeddings, [(rows, views)], [])
+    for view in views:
+        record = records[view.row]
+        item = items[encoding.prompt_key(embeddings, record, view, empty=False)]
+        assert item.text == record.captions[view.caption]
+        assert items[encoding.prompt_key(embeddings, record, view, empty=True)].text == " "
+    texts = sorted(item.text for item in items.values() if isinstance(item, encoding.Instruction))
+    assert texts == [" ", "a", "b", "c"], "one empty prompt, and each instruction once"
+
+
+def test_data_sets_have_pictures_of_their_own(edits):
+    """Catches a picture that is encoded for another data set's row, whose picture has the same name."""
+    sets = [DataSet(train_data_dir=name) for name in ("a", "b", "a")]
+    records = [Record(number, "0.png", "x", data_set=each) for number, each in enumerate(sets)]
+    first, other, same = (edits.Picture((64, 64), record, None, 0).identity() for record in records)
+    assert first == same != other
+
+
 def test_enable_bucket_trains_whole_pictures(settings, edits):
     """Catches a picture that is cut where it is to be whole, or squeezed where its centre is to be cut out."""
     image = plain((400, 200), "white")
@@ -515,7 +545,7 @@ def test_vae_mini_batch_changes_nothing(
         wanted = encoding.what_to_encode(cfg, cache, [(loaded, set(views))], [])
         encoding.encode_missing(cfg, run, fine_folder, cache, wanted)
         entries[mini_batch] = [
-            encoding.load_view(cache, record, view, False) for record, view in zip(loaded.records, views)
+            encoding.load_view(cfg, cache, record, view, False) for record, view in zip(loaded.records, views)
         ]
     assert [len(batch) for batch in batches[1]] == [1] * 8
     assert sorted(len(batch) for batch in batches[4]) == [2, 3, 3]
