@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import RECIPES, load_script
+from sources import settings_of
 
 from common.image_settings import FlowMatching
+from common.start.config import parse_recipe
 from common.step.flow_matching import (
     add_noise,
     checkpoint_shift,
@@ -24,6 +27,7 @@ from common.step.flow_matching import (
     velocity_target,
 )
 
+MASKED = [recipe for recipe in RECIPES if "mask_column" in settings_of(recipe)]
 QWEN_SCHEDULER = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 8192,
@@ -181,6 +185,23 @@ def test_masks_weight_squared_errors():
     assert torch.equal(squared_errors(target, latents, error_weights({}, latents)), squared_errors(target, latents))
     with pytest.raises(AssertionError):
         squared_errors(latents, latents, mask)
+
+
+@pytest.mark.parametrize("recipe", MASKED, ids=lambda recipe: recipe.name)
+def test_a_mask_lies_on_its_picture(recipe, monkeypatch):
+    """Catches a mask that is lost between the batch and the loss, or packed otherwise than the picture: the model is
+    wrong in the upper half alone, which one sample's mask shows and the other's hides."""
+    train = load_script(recipe / "train.py")
+    monkeypatch.setattr(train, "predict_velocity", lambda models, noisy, *_: train.pack_latents(0 * noisy))
+    cfg = parse_recipe(train.Config, ["--train_data_dir", "unused"])
+    config = {"joint_attention_dim": 4, "in_channels": 128}
+    row = train.random_sample(cfg, config, torch.Generator().manual_seed(0))
+    noise, mask = torch.zeros(2, *row["latents"].shape), torch.zeros(2, *row["latents"].shape)
+    middle = mask.shape[-2] // 2
+    noise[..., :middle, :], mask[0, ..., :middle, :], mask[1, ..., middle:, :] = 1, 1, 1
+    batch = {"loss_mask": mask[:, :1], "prompt_embeds": [row["prompt_embeds"]] * 2}
+    errors = train.sample_errors(None, batch, torch.zeros_like(noise), noise, torch.ones(2))
+    assert errors.tolist() == [0.5, 0]
 
 
 def test_settings_draw_sigmas():

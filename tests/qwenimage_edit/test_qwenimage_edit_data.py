@@ -477,6 +477,22 @@ def test_data_sets_have_pictures_of_their_own(edits):
     assert first == same != other
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_mask_is_seen_as_its_target(settings, edits, encoding, tmp_path, flip):
+    """Catches a mask that is not mirrored or not scaled with its target."""
+    mask = plain((96, 48), "black")
+    mask.paste("white", (0, 0, 48, 48))
+    mask.save(tmp_path / "mask.png")
+    cfg = settings(train_data_dir=tmp_path, mask_column="mask")
+    record = Record(0, "a.png", "x", ("s.png",), extra={"mask": "mask.png"}, digest="0", width=96, height=48)
+    view, embeddings = edits.View(0, (192, 96), 0, flip), EmbeddingCache(tmp_path / "cache", {})
+    embeddings.add(encoding.target_key(embeddings, record, view), {"latents": torch.zeros(16, 1, 12, 24)})
+    embeddings.add(encoding.source_key(embeddings, record, view, 0), {"latents": torch.zeros(16, 1, 12, 24)})
+    embeddings.add(encoding.prompt_key(embeddings, record, view, False), {"prompt_embeds": torch.zeros(1)})
+    seen = encoding.load_view(cfg, embeddings, record, view, empty=False)["loss_mask"]
+    assert seen.shape == (1, 1, 12, 24) and seen[..., :10].mean() == (not flip) and seen[..., 14:].mean() == flip
+
+
 def test_enable_bucket_trains_whole_pictures(settings, edits):
     """Catches a picture that is cut where it is to be whole, or squeezed where its centre is to be cut out."""
     image = plain((400, 200), "white")
