@@ -64,7 +64,8 @@ for count in 1 2 4; do
     run scale_klein_fsdp2_$count $count fsdp2 flux2klein_fulltune bench --overwrite_output_dir \
         --optimizer flash_adamw --gradient_checkpointing
     run scale_kolors_ddp_$count $count ddp kolors_spatial_adapter bench --overwrite_output_dir
-    run scale_qwenimage_streamed_$count $count ddp qwenimage_fulltune bench --overwrite_output_dir --stream_blocks -1
+    run scale_qwenimage_streamed_$count $count ddp qwenimage_fulltune bench --overwrite_output_dir --stream_blocks -1 \
+        --optimizer adafactor --gradient_release --max_grad_norm 0 --ema_decay 0
 done
 
 # ---- SIGTERM to the launcher in the middle of a run; the run goes on from the checkpoint that it left ----

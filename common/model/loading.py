@@ -55,8 +55,6 @@ def load_model(
     model = shard(run, model).train()
     if cfg.tuning.stream_blocks:
         streamer = stream(model, cfg.tuning.stream_blocks, run.device, run.weights_dtype, frozen_dtype)
-        if streamer.writes and not cfg.tuning.gradient_release:
-            raise ValueError("stream_blocks updates a block inside its backward; add --gradient_release")
         with streamer.at_home():
             fill(model, read, set(chain(*streamer.parameters)))
     checkpoint_blocks(run, cfg, model)

@@ -228,6 +228,8 @@ def _refuse(cfg: Shared, strategy: str, offload: str, world_size: int) -> None:
 def _why_not_stream(cfg: Shared, strategy: str, world_size: int) -> str:
     if strategy not in ("single", "ddp"):
         return f"{strategy} shards the weights itself; use LAUNCH=single or ddp"
+    if not (cfg.tuning.gradient_release or cfg.lora.lora_rank):
+        return "a block's weights are updated inside its backward; add --gradient_release"
     if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
         return "processes share the main memory of one machine, and these are on several; use LAUNCH=fsdp2_offload"
     if world_size > 1 and cfg.tuning.ema_decay:
