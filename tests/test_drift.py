@@ -440,6 +440,7 @@ def test_readme_has_the_table_of_settings(recipe):
 
 
 READMES = [ROOT / "README.md", *(recipe / "README.md" for recipe in RECIPES)]
+READMES += [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "docs/running", "docs/platforms", "docs/your_own_recipe")]
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda file: str(file.relative_to(ROOT)))
