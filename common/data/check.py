@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import MappingProxyType
@@ -104,32 +104,44 @@ def _check(
     except (OSError, ValueError) as error:
         return dataclasses.replace(record, problem=f"{names[place][:200]}{error}"[:400])
     unusual.extend((what, record.where) for what in notices.of_files(images, len(sources)))
-    (width, height), *source_sizes = sizes[: 1 + len(sources)]
-    return dataclasses.replace(
-        record, digest=digest.hexdigest(), width=width, height=height, source_sizes=tuple(source_sizes)
-    )
+    _found_good(record, digest.hexdigest(), sizes)
+    return record
 
 
-def _recognised(
+def _found_good(record: Record, digest: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """In place: there may be millions, and a copy of each."""
+    record.digest, (record.width, record.height) = digest, sizes[0]
+    record.source_sizes = tuple(sizes[1 : 1 + len(record.source_file_path)])
+
+
+def _unknown(
     records: Sequence[Record],
     train_data_dir: str | Path,
     known_good: KnownFiles,
     max_pixels: int,
     source_problem: Callable[[int, int], str],
     file_columns: Sequence[str],
-) -> Iterator[Record | None]:
-    """Each record as _check would return it, where its files are known and fit; None where they must be looked at."""
+) -> list[int]:
+    """Places of the records whose files must be looked at; the others, whose files are known and fit, are filled
+    in."""
+    unknown = []
     for start in range(0, len(records), 10_000):
         part = records[start : start + 10_000]
-        for record, found in zip(part, known_good.find(part, train_data_dir, file_columns), strict=True):
-            digest, sizes = found or ("", [])
-            sources = tuple(sizes[1 : 1 + len(record.source_file_path)])
-            fits = all(width * height <= max_pixels for width, height in sizes)
-            if record.problem or not found or not fits or any(source_problem(*size) for size in sources):
-                yield None
+        found = known_good.find(part, train_data_dir, file_columns)
+        for place, (record, known) in enumerate(zip(part, found, strict=True), start=start):
+            if record.problem or not known or not _fits(record, known[1], max_pixels, source_problem):
+                unknown.append(place)
             else:
-                (width, height), *_ = sizes
-                yield dataclasses.replace(record, digest=digest, width=width, height=height, source_sizes=sources)
+                _found_good(record, *known)
+    return unknown
+
+
+def _fits(
+    record: Record, sizes: Sequence[tuple[int, int]], max_pixels: int, source_problem: Callable[[int, int], str]
+) -> bool:
+    if any(width * height > max_pixels for width, height in sizes):
+        return False
+    return not any(source_problem(*size) for size in sizes[1 : 1 + len(record.source_file_path)])
 
 
 def check_records(
@@ -164,8 +176,7 @@ def check_records(
     if on_bad_rows not in ("error", "skip"):
         raise ValueError(f"on_bad_rows is {on_bad_rows!r}; expected error or skip")
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 2**62
-    results = list(_recognised(records, train_data_dir, known_good, limit, source_problem, file_columns))
-    unknown = [record for record, found in zip(records, results, strict=True) if found is None]
+    unknown = _unknown(records, train_data_dir, known_good, limit, source_problem, file_columns)
     unusual: list[tuple[str, str]] = []
     with warnings.catch_warnings(), ThreadPool(2 * (os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -180,26 +191,26 @@ def check_records(
                 file_columns,
                 unusual,
             ),
-            unknown,
+            (records[place] for place in unknown),
             chunksize=8,
         )
         with stage("check", len(records)):
             looked_at = list(progress_bar(looked_at, "check data", len(unknown), unit="rows", disable=not progress))
     known_good.keep([record for record in looked_at if not record.problem], train_data_dir, file_columns)
-    in_order = iter(looked_at)
-    results = [next(in_order) if found is None else found for found in results]
-    bad = [record for record in results if record.problem]
-    good = [record for record in results if not record.problem]
+    for place, record in zip(unknown, looked_at, strict=True):
+        records[place] = record
+    bad = [record for record in records if record.problem]
+    good = [record for record in records if not record.problem]
     if bad and (on_bad_rows == "error" or not good):
         advice = "repair them, or leave them out with --on_bad_rows skip" if good else "none is left to train on"
         rows = [
             f"\n  {record.where}: {record.file_path[:100] or '(no file)'}: {record.problem}" for record in bad[:20]
         ]
-        raise ValueError(f"{len(bad)} of {len(results)} rows are bad; {advice}. The first {len(rows)}:{''.join(rows)}")
+        raise ValueError(f"{len(bad)} of {len(records)} rows are bad; {advice}. The first {len(rows)}:{''.join(rows)}")
     if bad:
         _write_bad_rows(bad, output_dir)
         listed = f", listed in {Path(output_dir, 'bad_rows.jsonl')}" if output_dir else ""
-        print(f"{len(bad)} of {len(results)} rows are bad and left out (--on_bad_rows skip){listed}")
+        print(f"{len(bad)} of {len(records)} rows are bad and left out (--on_bad_rows skip){listed}")
     for line in notices.lines(good, unusual):
         print(line)
     return good
