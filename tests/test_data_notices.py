@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from data_files import png, write_lines
+from data_files import png, write_lines, write_tar
 from PIL import Image
 
 from common.data import check, manifest
@@ -48,3 +48,21 @@ def test_good_data_says_nothing(tmp_path, capsys):
     write_lines(tmp_path / "train.jsonl", rows)
     check.check_records(manifest.load_manifest(tmp_path), tmp_path, progress=False)
     assert "notice" not in capsys.readouterr().out
+
+
+def test_two_images_of_one_key_are_counted(tmp_path, capsys):
+    """Catches a shard of which half of the images are passed over, and nobody is told; a source is none of them."""
+    members = {"a.png": png("red"), "a.jpg": png("blue", kind="JPEG"), "a.txt": b"one", "b.source.png": png("red")}
+    write_tar(tmp_path / "train.tar", members | {"b.png": png("blue"), "b.txt": b"two"})
+    records = manifest.load_manifest(tmp_path)
+    said = "notice: 1 of 2 samples of train.tar: several images, of which the last one is used (a, for one)\n"
+    assert capsys.readouterr().out == said and manifest.read_bytes(records[0], tmp_path) == members["a.jpg"]
+
+
+def test_keys_that_stand_twice_are_counted(tmp_path, capsys):
+    """Catches a caption that another one in its row has replaced, and nobody is told."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    write_lines(tmp_path / "train.jsonl", ['{"file_path": "a.png", "text": "one", "text": "two"}', '{"a": {"b": 1}}'])
+    assert manifest.load_manifest(tmp_path)[0].text == "two"
+    said = "notice: 1 rows of train.jsonl: a key stands twice, of which the last one counts ('text', for one)\n"
+    assert capsys.readouterr().out == said

@@ -5,14 +5,25 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+PLAIN = json.JSONDecoder()
 
 
 def json_rows(path: Path) -> Iterator[tuple[object, int, str]]:
     """(row, its number, where it is) of a JSON list or of the lines of a JSONL file, without blank ones. A line that
-    cannot be read is a ValueError in the row's place."""
+    cannot be read is a ValueError in the row's place; keys that stand twice are counted at the end."""
+    twice: list[str] = []
+    yield from _rows(path, json.JSONDecoder(object_pairs_hook=partial(_object, twice)))
+    if twice:
+        counted = f"{len(twice)} rows of {path.name}"
+        print(f"notice: {counted}: a key stands twice, of which the last one counts ({short(twice[0])}, for one)")
+
+
+def _rows(path: Path, decoder: json.JSONDecoder) -> Iterator[tuple[object, int, str]]:
     if path.suffix == ".json":
-        rows = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        rows = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), decoder)
         if not isinstance(rows, list):
             raise ValueError(f"got a JSON {type(rows).__name__}, expected a list of rows")
         yield from ((row, number, f"{path.name} row {number}") for number, row in enumerate(rows))
@@ -22,18 +33,27 @@ def json_rows(path: Path) -> Iterator[tuple[object, int, str]]:
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 try:
-                    row = parse_json(line)
+                    row = parse_json(line, decoder)
                 except ValueError as error:
                     row = error
                 yield row, number, f"{path.name} line {number}"
 
 
-def parse_json(data: bytes) -> object:
+def _object(twice: list[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object of which the last of equal keys counts, as everywhere; to `twice` goes such a key."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice.append(next(key for key in keys if keys.count(key) > 1))
+    return value
+
+
+def parse_json(data: bytes, decoder: json.JSONDecoder = PLAIN) -> object:
     """One JSON value from UTF-8. ValueError for whatever is none, at most a line long: nesting without end, numbers of
     hundreds of digits, half characters."""
     text = decode(data)
     try:
-        value = json.loads(text)
+        value = decoder.decode(text)
         if b"\\u" in data:  # an escape may be half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value

@@ -196,19 +196,25 @@ def _by_number(name: str) -> tuple[int, str]:
 def _tar_rows(path: Path, text_column: str | None) -> Iterator[RawRow]:
     """WebDataset's rule: members of one sample share the name up to its first dot."""
     samples: dict[str, tuple[dict, dict]] = {}  # key -> (row, images)
+    twice: dict[str, None] = {}  # keys of which an image was replaced by a later one
     with tarfile.open(path, "r:") as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            row, images = samples.setdefault(f"{folder}/{stem}" if folder else stem, ({}, {}))
+            key = f"{folder}/{stem}" if folder else stem
+            row, images = samples.setdefault(key, ({}, {}))
             if suffix.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
                 kind = suffix if suffix.startswith("source") else ""  # "" is the target and sorts before the sources
+                twice |= {key: None} if kind in images else {}
                 images[kind] = ("tar", str(path), member.offset_data, member.size)
             elif suffix in ("txt", "json"):
                 try:
                     row.update(_tar_columns(tar, member, suffix, text_column or TEXT_COLUMNS[0]))
                 except ValueError as error:
                     row["error"] = error
+    if twice:
+        counted = f"{len(twice)} of {len(samples)} samples of {path.name}"
+        print(f"notice: {counted}: several images, of which the last one is used ({next(iter(twice))}, for one)")
     for number, (key, (row, images)) in enumerate(samples.items()):
         row["file_path"] = f"{path.name}::{key}"
         kinds = sorted(images, key=_by_number)
