@@ -30,6 +30,7 @@ LONG_FILES = [
     "flux2klein_strategies",
     "qwenimage_edit_single",
     "drift",
+    "qwenimage21_tiny",
     "kolors_tiny",
     "stops",
     "kolors_strategies",

@@ -14,6 +14,7 @@ TENSORS = {
     "qwenimage_fulltune": ("latents", "prompt_embeds"),
     "flux2klein_fulltune": ("latents", "prompt_embeds"),
     "qwenimage_edit": ("latents", "source_0", "prompt_embeds"),
+    "qwenimage21_fulltune": ("latents", "image_pad_mask", "prompt_embeds"),
     "kolors_spatial_adapter": ("latents", "boxes", "phrase_ids", "pooled_prompt_embeds"),
     "qwen3vl_qlora": ("input_ids", "labels", "pixel_values"),
 }
@@ -22,6 +23,7 @@ TEMPLATE = {
     "qwenimage_fulltune": "Describe the image by detailing the color",
     "flux2klein_fulltune": "<think>",
     "qwenimage_edit": "Picture 1: <|vision_start|>",
+    "qwenimage21_fulltune": "Comprehend and analyze the provided prompt",
     "kolors_spatial_adapter": "tokens, ",
     "qwen3vl_qlora": "<|im_start|>assistant",
 }

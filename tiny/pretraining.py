@@ -169,7 +169,7 @@ def train_autoencoder(
     optimizer = adamw(vae.parameters(), pictures.device)
     for step, rows in batches(len(pictures), batch_size, steps, pictures.device):
         x = pictures[rows]
-        scale = x.new_empty(batch_size, 3, *[1] * (x.ndim - 2)).uniform_(-1, 1)
+        scale = x.new_empty(batch_size, x.shape[1], *[1] * (x.ndim - 2)).uniform_(-1, 1)
         shift = torch.empty_like(scale).uniform_(-1, 1) * (1 - scale.abs())
         x[::2] = (x * scale + shift)[::2]
         latents = vae.encode(x).latent_dist.mode()

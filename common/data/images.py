@@ -1,6 +1,6 @@
 """Images: bytes to RGB pixels whatever the file holds, the check of one image, resizing and cropping.
 
-Sizes are PIL's (width, height); image tensors are (3, H, W).
+Sizes are PIL's (width, height); image tensors are (3, H, W), or (4, H, W) where transparency is kept.
 """
 
 import io
@@ -30,31 +30,34 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return value if value in ROTATIONS else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, keep_alpha: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: "I", "I;16", "I;16B"
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no agreed range; save the image as 8 or 16 bit")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if keep_alpha:
+            return image
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
+def decode_image(data: bytes, at_least: tuple[int, int] | None = None, keep_alpha: bool = False) -> Image.Image:
     """RGB image: EXIF rotation applied, transparency over white, 16-bit scaled to 8, CMYK, palette, grey converted.
 
     at_least: the (width, height) that it will be shrunk to. A JPEG far larger than twice that is decoded at a half, a
     quarter or an eighth, several times faster; the resampling still sees two pixels for each that it makes.
+    keep_alpha: a picture with transparency becomes RGBA.
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if at_least is not None:
         image.draft(None, (2 * max(at_least), 2 * max(at_least)))  # a square, since the rotation is not known yet
     image.load()
     turn = ROTATIONS.get(_orientation(image, data))
-    image = _to_rgb(image)
+    image = _to_rgb(image, keep_alpha)
     return image if turn is None else image.transpose(turn)
 
 
@@ -100,6 +103,6 @@ def loss_mask(image: Image.Image, latents: torch.Tensor) -> torch.Tensor:
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """float32 (3, H, W) in [-1, 1] from an RGB image."""
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
+    """float32 (3, H, W) in [-1, 1] from an RGB image, (4, H, W) from RGBA."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3 or 4) uint8
     return pixels.permute(2, 0, 1).contiguous().float().mul_(2 / 255).sub_(1)

@@ -249,7 +249,12 @@ def read_bytes(record: Record, train_data_dir: str | Path, which: int | str | No
 
 
 def load_image(
-    record: Record, train_data_dir: str | Path, which: int | str | None = None, at_least: tuple[int, int] | None = None
+    record: Record,
+    train_data_dir: str | Path,
+    which: int | str | None = None,
+    at_least: tuple[int, int] | None = None,
+    keep_alpha: bool = False,
 ) -> Image.Image:
-    """RGB target (which=None), source `which`, or picture of column `which`; at_least as in decode_image."""
-    return decode_image(read_bytes(record, train_data_dir, which), at_least)
+    """RGB target (which=None), source `which`, or picture of column `which`; at_least, keep_alpha as in
+    decode_image."""
+    return decode_image(read_bytes(record, train_data_dir, which), at_least, keep_alpha)
