@@ -5,12 +5,14 @@ recipes.
 """
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from data_files import hostile_bytes, hostile_rows, png, write_hostile_files, write_tar
 from properties import given, st
 
+from common.data import check
 from common.data.check import check_records
 from common.data.images import check_image
 from common.data.json_rows import parse_json
@@ -73,6 +75,18 @@ def test_a_bad_file_is_named(entry, tmp_path):
         check_records(load_manifest(tmp_path, entry["file"]), tmp_path, progress=False)
     said = str(error.value)
     assert entry["said"] in said and entry["file"] in said and len(said) < 800, said[:2000]
+
+
+def test_a_row_that_takes_for_ever_is_named(tmp_path, monkeypatch):
+    """Catches a disk that does not answer, for which the check would wait without a word."""
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "train.jsonl").write_bytes(GOOD)
+    monkeypatch.setattr(check, "ROW_SECONDS", 0.2)
+    answers = threading.Event()
+    checks = {"image": lambda *_: answers.wait(30) and (48, 32)}
+    with pytest.raises(ValueError, match=r"^train.jsonl line 1: good.png: not looked at within 0.2 s"):
+        check_records(load_manifest(tmp_path), tmp_path, progress=False, checks=checks)
+    answers.set()
 
 
 def test_only_formats_of_pictures_are_opened():

@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from multiprocessing.pool import IMapIterator, ThreadPool
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from common.progress import progress_bar, stage
 from common.settings import Pictured
 
 NONE_KNOWN = KnownFiles()
+ROW_SECONDS = 600  # for a row's files; the slowest video takes seconds
 
 
 def load_records(
@@ -136,6 +138,18 @@ def _unknown(
     return unknown
 
 
+def _in_time(looked_at: IMapIterator, records: Sequence[Record]) -> Iterator[Record]:
+    """What is looked at, as it comes; ValueError names a row that takes for ever, on a network's disk perhaps."""
+    for record in records:
+        try:
+            yield looked_at.next(timeout=ROW_SECONDS)
+        except multiprocessing.TimeoutError as error:
+            raise ValueError(
+                f"{record.where}: {record.file_path[:100]}: not looked at within {ROW_SECONDS} s; does its disk "
+                "answer, and can other programs open it? Leave the row out of the manifest to go on"
+            ) from error
+
+
 def _fits(
     record: Record, sizes: Sequence[tuple[int, int]], max_pixels: int, source_problem: Callable[[int, int], str]
 ) -> bool:
@@ -192,8 +206,8 @@ def check_records(
                 unusual,
             ),
             (records[place] for place in unknown),
-            chunksize=8,
         )
+        looked_at = _in_time(looked_at, [records[place] for place in unknown])
         with stage("check", len(records)):
             looked_at = list(progress_bar(looked_at, "check data", len(unknown), unit="rows", disable=not progress))
     known_good.keep([record for record in looked_at if not record.problem], train_data_dir, file_columns)
