@@ -194,7 +194,7 @@ def test_a_mask_lies_on_its_picture(recipe, monkeypatch):
     train = load_script(recipe / "train.py")
     monkeypatch.setattr(train, "predict_velocity", lambda models, noisy, *_: train.pack_latents(0 * noisy))
     cfg = parse_recipe(train.Config, ["--train_data_dir", "unused"])
-    config = {"joint_attention_dim": 4, "in_channels": 128}
+    config = {"joint_attention_dim": 4, "in_channels": 128, "context_in_dim": 4}
     row = train.random_sample(cfg, config, torch.Generator().manual_seed(0))
     noise, mask = torch.zeros(2, *row["latents"].shape), torch.zeros(2, *row["latents"].shape)
     middle = mask.shape[-2] // 2
