@@ -15,7 +15,7 @@ from packaging.version import Version
 from PIL import Image
 
 DOCUMENTS = [ROOT / "README.md", *(recipe / "README.md" for recipe in RECIPES), *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS += [file for file in (ROOT / "CONTRIBUTING.md", ROOT / "tests/README.md") if file.is_file()]
+DOCUMENTS += [ROOT / name for name in ("README_zh.md", "CONTRIBUTING.md", "tests/README.md")]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 
 
@@ -70,6 +70,25 @@ def test_the_first_readme_is_short():
     """Catches a front page that nobody reads to its end."""
     shown = re.sub("<details>.*?</details>", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(shown.splitlines()) <= 90
+
+
+def test_chinese_says_the_same():
+    """Catches a command, a figure of a table, a block of code or a link that one of the two languages has alone."""
+    texts = [re.sub("<details>.*</details>", "", (ROOT / name).read_text(), flags=re.DOTALL) for name in LANGUAGES]
+    english, chinese = map(what_is_no_language, texts)
+    for one, other in zip(english, chinese, strict=True):
+        assert one and one == other
+
+
+LANGUAGES = ("README.md", "README_zh.md")
+
+
+def what_is_no_language(text: str) -> tuple[list, ...]:
+    """Blocks of code, `code`, links but for the one to the other language, and the numbers of each table's row."""
+    blocks, prose = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL), re.sub(r"(?ms)^```.*?^```", "", text)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", prose) if link not in LANGUAGES]
+    rows = [sorted(re.findall(r"\d[\d.,]*\d|\d", row)) for row in prose.splitlines() if row.startswith("|")]
+    return blocks, re.findall("`[^`]+`", prose), links, rows
 
 
 def pins(name: str) -> dict[str, Requirement]:
