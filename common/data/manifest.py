@@ -52,7 +52,7 @@ class DataSet:
     name: str = ""  # "1. portraits"
 
 
-@dataclasses.dataclass(slots=True)  # there may be millions; check.py fills in what it finds
+@dataclasses.dataclass(slots=True, unsafe_hash=True)  # there may be millions; check.py fills in what it finds
 class Record:
     """One row of a manifest: a target image, its caption and, for editing, its source images."""
 
