@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import RECIPES, few_rows, load_script, run_main
+import yaml
+from helpers import RECIPES, ROOT, few_rows, load_script, run_main
+from sources import settings_of
 
 from common.data.order import MicroBatchSampler
 from common.start import dry_run
@@ -34,18 +36,24 @@ AT = {"kolors_spatial_adapter": "time 0.5", "qwen3vl_qlora": "answer tokens"}
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_the_page_shows_what_the_first_step_sees(recipe, tmp_path, capsys):
     """Catches a dry run that shows another batch, prompt or loss than training has, encodes more than it needs, or
-    touches what an earlier run left."""
+    touches what an earlier run left; and an image recipe that cannot read a list of data sets, whose prefix shows."""
     out, meta = tmp_path / "out", tmp_path / "meta"
     (out / "checkpoint-7").mkdir(parents=True)
     (out / "bad_rows.jsonl").write_text("of an earlier run\n")
     meta.mkdir()
     argv = ["--config", recipe / "configs/tiny.yaml", *few_rows(recipe, meta), "--output_dir", out, "--dry_run"]
+    listed = "more_resolutions" in settings_of(recipe)
+    if listed:
+        data = ROOT / "outputs" / recipe.name / "tiny_base/data"
+        only = {"train_data_dir": str(data), "train_data_meta": str(argv[3]), "repeats": 2, "caption_prefix": "9 "}
+        (meta / "sets.yaml").write_text(yaml.safe_dump([only]))
+        argv[2:4] = ["--train_data_dir", meta / "sets.yaml"]
     argv += ["--train_batch_size", 2, "--global_batch_size", 0]
     run_main(load_script(recipe / "train.py"), argv)
     page, said = (out / "dry_run.html").read_text(), capsys.readouterr().out
     for name in (*TENSORS[recipe.name], AT.get(recipe.name, "sigma 0.5")):
         assert f">{name}" in page and name in said, name
-    assert TEMPLATE[recipe.name] in said
+    assert TEMPLATE[recipe.name] in said and ("<p>9 " in page) == listed
     prompts = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
     pictures = page.count("data:image/jpeg;base64,")
     assert prompts and pictures >= len(prompts) and "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
