@@ -224,8 +224,8 @@ def save_single_frame_weights(pipe: object, path: Path) -> None:
     save_small(tensors, path)
 
 
-def load_single_frame_weights(pipe: object, path: Path) -> None:
-    """Reads what save_single_frame_weights wrote."""
+def load_single_frame_weights(pipe: object, path: Path, *parts: str) -> None:
+    """Reads what save_single_frame_weights wrote, of all parts or of those that are named."""
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     kernels = temporal_kernels(pipe.vae)
     for name, weight in pipe.vae.state_dict().items():
@@ -233,5 +233,5 @@ def load_single_frame_weights(pipe: object, path: Path) -> None:
         if stored is not None:
             (full[:, :, -1:] if name in kernels else full).copy_(stored)
         tensors[f"vae.{name}"] = full
-    load_parts(pipe, tensors, "vae", "transformer")
+    load_parts(pipe, tensors, *(parts or ("vae", "transformer")))
     pipe.vae.register_to_config(**{name: tensors[name].tolist() for name in ("latents_mean", "latents_std")})
