@@ -21,11 +21,14 @@ class Pictures:
     """where encoded latents and prompts are kept, also for several runs; <output_dir>/embedding_cache if not given"""
     more_resolutions: tuple[int, ...] = ()
     """resolutions beside the run's, 512 768 for example: each picture is trained at these too, as further samples"""
+    encode_batch_size: int = 0
+    """rows of one size that the encoders see at once, fewer where the GPU has no room; 0 is 4 on a GPU, 1 on a CPU"""
     caption_dropout: float = 0.1
     """share of samples trained with the encoded empty caption, for classifier-free guidance"""
 
     def check(self) -> None:
         within(self, 0, 1, "caption_dropout")
+        between(self, 0, 4096, "encode_batch_size")
         if wrong := [side for side in self.more_resolutions if not 16 <= side <= 8192 or side % 16]:
             raise ValueError(f"more_resolutions must be multiples of 16, at most 8192, got {short(wrong[0])}")
 

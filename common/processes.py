@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -103,10 +103,12 @@ class Run:
         elif self.is_main:
             print(*words, flush=True)
 
-    def progress(self, items: Collection[Item], title: str) -> Iterator[Item]:
-        """The items, with a progress bar on the main process, as the stage that the title's first word names."""
-        with stage(title.split()[0], len(items) * self.world_size):
-            yield from progress_bar(items, title, disable=not self.is_main)
+    def progress(self, items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+        """The items, with a progress bar on the main process, as the stage that the title's first word names. total:
+        how many there are, of what has no length."""
+        total = len(items) if total is None else total
+        with stage(title.split()[0], total * self.world_size):
+            yield from progress_bar(items, title, total, disable=not self.is_main)
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The bare model inside what the strategy wraps around it."""

@@ -1,10 +1,13 @@
 """What recipes with a transformer compare with the unmodified pipeline: the arguments of the transformer's calls."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from common.data import encoding
 
 
 class Spy:
@@ -35,6 +38,24 @@ def mixed(scheduler, latents: torch.Tensor, sigma: float, noise: torch.Tensor) -
     """Latents and noise at a sigma, by diffusers' own means."""
     scheduler.set_timesteps(sigmas=[sigma])
     return scheduler.scale_noise(latents, scheduler.timesteps[:1], noise)
+
+
+def assert_batch_is_rows(encoders: Any, items: list, read: list[dict]) -> None:
+    """What encoders make of a batch is what they make of each of its items: to 1e-5 of the largest value, in
+    float32. A batch of convolutions is computed in another order."""
+    together = encoding.encode_batch(encoders, items, read)
+    for item, pixels, entry in zip(items, read, together, strict=True):
+        (alone,) = encoding.encode_batch(encoders, [item], [pixels])
+        assert alone.keys() == entry.keys()
+        for name, tensor in alone.items():
+            assert tensor.shape == entry[name].shape and tensor.dtype == entry[name].dtype, name
+            assert (tensor - entry[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    assert not any(torch.equal(entry[name], together[0][name]) for entry in together[1:] for name in entry if read[0])
+
+
+def first(made: dict) -> dict:
+    """The first row of what encoders make of a batch, by name."""
+    return {name: each[0] for name, each in made.items()}
 
 
 def call_of_loss(world: SimpleNamespace, made: dict) -> dict:

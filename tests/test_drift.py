@@ -77,6 +77,7 @@ EQUAL_FUNCTIONS = {
     "held_out_errors": "likewise",
 }
 IN_TWO_RECIPES = {
+    "common.data.encoding.text_of": "rows whose caption is the whole prompt; edits and boxes encode more than that",
     "common.start.dry_run.show_captioned": "captions that are the whole prompt; those of edits and boxes have more",
 }
 CHOICES_DIFFER = {
@@ -457,6 +458,12 @@ def test_readme_commands_name_what_exists(readme):
         assert (ROOT / path).exists(), path
 
 
+def second_names(recipe: Path) -> set[str]:
+    """Of flags."""
+    text = "\n".join(file.read_text() for file in recipe.glob("*.py"))
+    return set().union(*map(ast.literal_eval, re.findall(r"^SECOND_NAMES = (\{.*?\})", text, re.M | re.S)))
+
+
 def check_command(command: str) -> None:
     words = shlex.split(command, comments=True)
     copies = {word for before, word in itertools.pairwise(words) if before.startswith("recipes/") and "cp" in words}
@@ -473,7 +480,7 @@ def check_command(command: str) -> None:
                 assert (recipe / f"configs/{given[0]}.yaml").is_file(), f"config {given[0]} in: {command}"
             known = {*settings_of(recipe), "help", "list"}
         elif script.endswith("train.py"):
-            known = {*settings_of(recipe), "help", "config"}
+            known = {*settings_of(recipe), *second_names(recipe), "help", "config"}
         else:
             text = (ROOT / script).read_text()
             text += (ROOT / "common/start/drawing.py").read_text() if "drawing.add_flags" in text else ""

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +201,12 @@ def open_cache(
 
 
 def encode_missing(run: Run, cache: EmbeddingCache, items: dict[str, Any], encode: Callable[[dict], None]) -> None:
-    """Call encode({key: item}) with this process's share of what the cache lacks of `items`; what that loaded then
-    leaves memory. Every process calls it, and finds afterwards what all have added."""
+    """Call encode({key: item}) with what the cache lacks of `items`, which adds this process's share of it; what that
+    loaded then leaves memory. Every process calls it, and finds afterwards what all have added."""
     missing = on_main(run, cache.missing, list(items), not run.first_rows)
-    with filling(run, cache):
-        if missing:
-            encode({key: items[key] for key in run.share_of(missing)})
-
-
-@contextmanager
-def filling(run: Run, cache: EmbeddingCache) -> Iterator[None]:
-    """Around what adds this process's share to the cache."""
     with stage("encode"):
-        yield
+        if missing:
+            encode({key: items[key] for key in missing})
         gc.collect()
         torch.cuda.empty_cache()
         cache.flush()

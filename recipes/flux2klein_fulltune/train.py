@@ -11,6 +11,7 @@ common/settings.py.
 import json
 import math
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,11 @@ import reference_images
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest
+from common.data import cache, check, encoding, loader
 from common.data.cache import EmbeddingCache
 from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
@@ -86,8 +86,8 @@ class Config:
 class Encoders:
     """The frozen VAE and text encoder, loaded plainly (never sharded), used before training and then dropped."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        self.device = device
+    def __init__(self, cfg: Config, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.device = cfg, device
         self.vae = load_vae(folder, device, torch.float32)
         text_encoder = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -95,28 +95,40 @@ class Encoders:
             scheduler=None, vae=self.vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None
         )
 
-    @torch.no_grad()
-    def prompt(self, text: str, max_sequence_length: int) -> dict[str, Tensor]:
-        """prompt_embeds (L, D): three layers' hidden states side by side, of the text in the pipeline's own chat
-        template. L is always max_sequence_length: the transformer sees the padding, it has no mask."""
-        prompt_embeds, _ = self.pipeline.encode_prompt(
-            [text], device=self.device, max_sequence_length=max_sequence_length
-        )
-        return {"prompt_embeds": prompt_embeds[0].cpu()}
+    def shape(self, item: cache.Item) -> tuple[Hashable, int]:
+        """Of a row at its bucket (width, height), or a text alone: what a batch has in common, the text's length."""
+        references = reference_images.shapes([item[0]]) if item[1] else None
+        return (item[1], str(references)), len(encoding.text_of(item))
+
+    def read(self, item: cache.Item) -> dict[str, Tensor]:
+        """pixels (3, H, W) in [-1, 1] of a row, reference_0 (3, h, w) and so on as the pipeline prepares them."""
+        (row, bucket), folder = item, self.cfg.data.train_data_dir
+        pixels = {"pixels": encoding.read_pixels(row, folder, bucket)} if bucket else {}
+        for index, image in enumerate(reference_images.of_row(row, folder) if bucket else ()):
+            pixels[f"reference_{index}"] = reference_images.pixels(image, self.pipeline.image_processor)
+        return pixels
+
+    def encode(self, items: list[cache.Item], read: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        """prompt_embeds (B, L, D), latents (B, 128, H/16, W/16) of pixels (B, 3, H, W), and of references as many."""
+        encoded = {"prompt_embeds": self.prompts([encoding.text_of(item) for item in items])}
+        encoded |= self.images(read.pop("pixels"), self.cfg.flow.cache_moments) if read else {}
+        return encoded | {name: self.images(pixels, moments=False)["latents"] for name, pixels in read.items()}
 
     @torch.no_grad()
-    def image(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
-        """pixels (3, H, W) in [-1, 1] -> latents (128, H/16, W/16), 2 x 2 patches normalised per channel; with moments
-        also the posterior's std."""
-        posterior = self.vae.encode(pixels[None].to(self.device)).latent_dist  # of (1, 32, H/8, W/8)
+    def prompts(self, texts: list[str]) -> Tensor:
+        """(B, L, D): three layers' hidden states side by side, of texts in the pipeline's own chat template. L is
+        always max_sequence_length: the transformer sees the padding, it has no mask."""
+        length = self.cfg.max_sequence_length
+        return self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=length)[0]
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 128, H/16, W/16), 2 x 2 patches normalised per channel; with
+        moments also the posterior's std."""
+        posterior = self.vae.encode(pixels.to(self.device)).latent_dist  # of (B, 32, H/8, W/8)
         mean, std = latent_statistics(self.vae)
-        encoded = {"latents": ((patchify(posterior.mode()) - mean) / std)[0].cpu()}
-        return encoded | ({"posterior_std": (patchify(posterior.std) / std)[0].cpu()} if moments else {})
-
-    def reference(self, image: Image.Image) -> Tensor:
-        """(128, h, w) latents of a reference image, as the pipeline makes them."""
-        pixels = reference_images.pixels(image, self.pipeline.image_processor)
-        return self.image(pixels, moments=False)["latents"]
+        encoded = {"latents": (patchify(posterior.mode()) - mean) / std}
+        return encoded | ({"posterior_std": patchify(posterior.std) / std} if moments else {})
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
@@ -140,16 +152,8 @@ def latent_statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
 def encode(cfg: Config, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, cache.Item]) -> None:
     """Add what the encoders make of each row at its bucket (width, height) and of its references, or of a text
     alone."""
-    encoders = Encoders(folder, run.device, run.compute_dtype)
-    for key, (row, bucket) in run.progress(items.items(), "encode"):
-        tensors = encoders.prompt(row if isinstance(row, str) else row.text, cfg.max_sequence_length)
-        if bucket:
-            image = manifest.load_image(row, cfg.data.train_data_dir, at_least=bucket)
-            pixels = images.image_to_tensor(images.resize_and_crop(image, bucket))
-            tensors |= encoders.image(pixels, cfg.flow.cache_moments)
-            for index, reference in enumerate(reference_images.of_row(row, cfg.data.train_data_dir)):
-                tensors[f"reference_{index}"] = encoders.reference(reference)
-        embeddings.add(key, tensors)
+    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+    encoding.encode_items(run, embeddings, items, encoders, cfg.pictures)
 
 
 # ---------------------------------------------------------------- data

@@ -325,17 +325,19 @@ def start_adapter(
 
 
 @torch.no_grad()
-def embed_phrase(tokenizer, text_encoder, phrase: str) -> Tensor:
-    """(D,) float32: the mean over the phrase's own tokens, without the two that the tokenizer puts in front, of the
-    layer of ChatGLM3 that the UNet reads prompts from (the last but one)."""
-    inputs = tokenizer([phrase], max_length=256, truncation=True, return_tensors="pt").to(text_encoder.device)
+def embed_phrases(tokenizer, text_encoder, phrases: list[str]) -> list[Tensor]:
+    """(D,) float32 of each phrase: the mean over its own tokens, without the two that the tokenizer puts in front, of
+    the layer of ChatGLM3 that the UNet reads prompts from (the last but one)."""
+    inputs = tokenizer(phrases, padding=True, max_length=256, truncation=True, return_tensors="pt")
+    inputs = inputs.to(text_encoder.device)
     states = text_encoder(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         position_ids=inputs["position_ids"],
         output_hidden_states=True,
-    ).hidden_states[-2]  # (L, 1, D)
-    return states[len(tokenizer.get_prefix_tokens()) :, 0].float().mean(0)
+    ).hidden_states[-2]  # (L, B, D), padded in front
+    lengths = inputs["attention_mask"].sum(1) - len(tokenizer.get_prefix_tokens())  # (B,)
+    return [states[len(states) - length :, index].float().mean(0) for index, length in enumerate(lengths.tolist())]
 
 
 def make_layout(
@@ -347,7 +349,7 @@ def make_layout(
     has_box: Tensor,
     latent_size: tuple[int, int],
 ) -> Layout:
-    """phrases (B, N, D) as embed_phrase gives them, boxes (B, N, 4), has_phrase and has_box (B, N) bool; latent_size
+    """phrases (B, N, D) as embed_phrases gives them, boxes (B, N, 4), has_phrase and has_box (B, N) bool; latent_size
     (height, width). All-false masks are the null layout."""
     with torch.no_grad():
         projection = text_projection(unet)
@@ -405,7 +407,7 @@ def draw(
         embeds, kept = [], []
     else:
         kept = largest_first(objects, adapter.cfg.max_objects)
-        embeds = [embed_phrase(pipeline.tokenizer, pipeline.text_encoder, item["phrase"]) for item in kept]
+        embeds = embed_phrases(pipeline.tokenizer, pipeline.text_encoder, [item["phrase"] for item in kept])
     boxes = [item["bbox"] for item in kept]
     call = {"prompt": prompt, "guidance_scale": guidance_scale, **settings}
     return draw_embedded(pipeline, adapter, call, embeds, boxes, tau)

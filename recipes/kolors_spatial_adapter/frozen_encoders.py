@@ -1,11 +1,12 @@
 """The frozen VAE and text encoder: rows become tensors before training, and validation decodes pictures."""
 
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from adapter import embed_phrase
+from adapter import embed_phrases
 from boxes import flip_boxes, show_boxes
 from diffusers import AutoencoderKL, KolorsPipeline
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
@@ -14,6 +15,7 @@ from modes import PROMPT_TOKENS
 from PIL import ImageOps
 from torch import Tensor
 
+from common.data.encoding import read_pixels
 from common.data.loader import Data
 from common.data.order import Place
 from common.processes import Run
@@ -23,8 +25,8 @@ from common.start import dry_run
 class Encoders:
     """The frozen VAE and text encoder, used before training and then dropped."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        self.device = device
+    def __init__(self, cfg: Any, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.device = cfg, device
         text_encoder = ChatGLMModel.from_pretrained(
             folder / "text_encoder", dtype=dtype, variant=variant(folder / "text_encoder")
         )
@@ -36,26 +38,42 @@ class Encoders:
             scheduler=None,
         )
 
+    def shape(self, item: tuple) -> tuple[Hashable, int]:
+        """Of ("row", record, (width, height)), ("prompt", text) or ("phrase", text): what a batch has in common, the
+        text's length."""
+        kind, row, *bucket = item
+        return (kind, *bucket), len(row.text if bucket else row)
+
+    def read(self, item: tuple) -> dict[str, Tensor]:
+        """pixels (3, H, W) in [-1, 1] of a row."""
+        _, row, *bucket = item
+        return {"pixels": read_pixels(row, self.cfg.data.train_data_dir, *bucket)} if bucket else {}
+
     @torch.no_grad()
-    def prompt(self, text: str) -> dict[str, Tensor]:
-        """prompt_embeds (L, D) and pooled_prompt_embeds (D,) as the pipeline encodes them."""
+    def encode(self, items: list[tuple], read: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        """prompt_embeds (B, L, D), pooled_prompt_embeds (B, D) and latents (B, 4, H/8, W/8) of pixels (B, 3, H, W); of
+        phrases phrase_embed, B times (D,)."""
+        texts = [row.text if bucket else row for _, row, *bucket in items]
+        if items[0][0] == "phrase":
+            return {"phrase_embed": embed_phrases(self.pipeline.tokenizer, self.pipeline.text_encoder, texts)}
+        return self.prompts(texts) | (self.images(read["pixels"], self.cfg.random_flip) if read else {})
+
+    @torch.no_grad()
+    def prompts(self, texts: list[str]) -> dict[str, Tensor]:
+        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, D) as the pipeline encodes them."""
         prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            text, self.device, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
+            texts, self.device, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
         )
-        return {"prompt_embeds": prompt_embeds[0], "pooled_prompt_embeds": pooled_prompt_embeds[0]}
-
-    def phrase(self, text: str) -> dict[str, Tensor]:
-        """phrase_embed (D,), see embed_phrase."""
-        return {"phrase_embed": embed_phrase(self.pipeline.tokenizer, self.pipeline.text_encoder, text)}
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     @torch.no_grad()
-    def image(self, pixels: Tensor, flipped: bool) -> dict[str, Tensor]:
-        """pixels (3, H, W) in [-1, 1] -> latents (4, H/8, W/8), the posterior's mode, scaled; with flipped also those
-        of the mirrored picture, which are not the mirrored latents."""
+    def images(self, pixels: Tensor, flipped: bool) -> dict[str, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), the posterior's mode, scaled; with flipped also
+        those of the mirrored pictures, which are not the mirrored latents."""
         vae = self.pipeline.vae
         views = {"latents": pixels} | ({"latents_flipped": pixels.flip(-1)} if flipped else {})
         return {
-            name: vae.encode(view[None].to(self.device)).latent_dist.mode()[0] * vae.config.scaling_factor
+            name: vae.encode(view.to(self.device)).latent_dist.mode() * vae.config.scaling_factor
             for name, view in views.items()
         }
 

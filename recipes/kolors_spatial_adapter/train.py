@@ -37,7 +37,7 @@ from modes import MODES, PROMPT_TOKENS, SpatialModel, each_mode, mode_flops, sam
 from torch import Tensor
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest, order
+from common.data import cache, check, encoding, loader, order
 from common.data.cache import EmbeddingCache
 from common.model import loading
 from common.model.card import write_card
@@ -165,17 +165,8 @@ class Config:
 
 def encode(cfg: Config, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, tuple]) -> None:
     """Add what the encoders make of ("row", record, (width, height)), ("prompt", text) or ("phrase", text)."""
-    encoders = Encoders(folder, run.device, run.compute_dtype)
-    for key, (kind, item, *bucket) in run.progress(items.items(), "encode"):
-        if kind == "phrase":
-            tensors = encoders.phrase(item)
-        elif kind == "prompt":
-            tensors = encoders.prompt(item)
-        else:
-            image = manifest.load_image(item, cfg.data.train_data_dir, at_least=bucket[0])
-            pixels = images.image_to_tensor(images.resize_and_crop(image, bucket[0]))
-            tensors = encoders.prompt(item.text) | encoders.image(pixels, cfg.random_flip)
-        embeddings.add(key, tensors)
+    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+    encoding.encode_items(run, embeddings, items, encoders, cfg.pictures)
 
 
 # ---------------------------------------------------------------- data

@@ -134,7 +134,7 @@ def encode(cfg: Config, run: Run, folder: Path, embeddings: EmbeddingCache, item
     """Add what the encoders make of each row at its bucket (width, height), or of a text alone. A row with sources
     has an empty prompt of its own, since the sources are in it."""
     encoders = Encoders(folder, run.device, run.compute_dtype)
-    for key, (row, bucket) in run.progress(items.items(), "encode"):
+    for key, (row, bucket) in run.progress(run.share_of(list(items.items())), "encode"):
         sources = source_images.of_row(row, cfg.data.train_data_dir, cfg.buckets.resolution)
         tensors = encoders.prompt(row if isinstance(row, str) else row.text, sources)
         if sources:

@@ -49,7 +49,6 @@ class EditConfig(settings.Pictured, Protocol):
     image_sample_size: int
     enable_bucket: bool
     random_hw_adapt: bool
-    vae_mini_batch: int
     uniform_sampling: bool
     validation_image_paths: tuple[str, ...]
     videox_fun: Settings
@@ -220,8 +219,15 @@ class Picture(NamedTuple):
     frame: int  # of a video
     flip: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        """Pictures that are encoded alike are equal: rows that share a source ask for the same one."""
+        return isinstance(other, Picture) and self.identity() == other.identity()
+
+    def __hash__(self) -> int:
+        return hash(self.identity())
+
     def identity(self) -> tuple:
-        """Equal for pictures that are encoded alike: the same file and frame in the same role at the same size."""
+        """The same file and frame in the same role at the same size."""
         sources = self.record.source_file_path
         path = self.record.file_path if self.which is None else sources[self.which]
         return self.size, folder_of(self.record, ""), path, self.frame, self.which is None, self.flip

@@ -2,11 +2,11 @@
 pipeline's own parts, at the sizes that it gives them."""
 
 import hashlib
-from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 
 from common.data import cache
 from common.data.cache import EmbeddingCache, folder_fingerprint
+from common.data.encoding import encode_items
 from common.data.images import image_to_tensor, loss_mask
 from common.data.loader import of_place
 from common.data.manifest import Record
@@ -58,14 +59,28 @@ class Encoders:
             transformer=None,
         )
 
-    def prompt(self, text: str, sources: list[Image.Image]) -> dict[str, Tensor]:
-        """prompt_embeds (L, D) of an instruction with its sources."""
-        embeds = encode_prompt(self.pipeline, self.cfg.train_mode, text, sources, self.device)
-        return {"prompt_embeds": embeds[0].cpu()}
+    def shape(self, item: "Picture | Instruction") -> tuple[Hashable, int]:
+        """What a batch has in common; an instruction, whose sources are among its tokens, is alone."""
+        return (item.size if isinstance(item, Picture) else item), 0
 
-    def pixels(self, picture: Picture, train_data_dir: str) -> Tensor:
+    def read(self, item: "Picture | Instruction") -> dict[str, Any]:
+        """pixels of a picture, or an instruction's sources."""
+        if isinstance(item, Picture):
+            return {"pixels": self.pixels(item)}
+        folder = self.cfg.data.train_data_dir
+        return {"sources": [each.load(folder) if isinstance(each, Picture) else each for each in item.sources]}
+
+    def encode(self, items: list, read: dict[str, Any]) -> dict[str, Sequence[Tensor]]:
+        """latents (B, 16, 1, H/8, W/8) of pixels (B, 3, H, W), or prompt_embeds (1, L, D) of an instruction."""
+        if "pixels" in read:
+            return self.latents(read["pixels"], self.cfg.flow.cache_moments)
+        (instruction,), (sources,) = items, read["sources"]
+        prompt_embeds = encode_prompt(self.pipeline, self.cfg.train_mode, instruction.text, sources, self.device)
+        return {"prompt_embeds": prompt_embeds}
+
+    def pixels(self, picture: Picture) -> Tensor:
         """(3, H, W) in [-1, 1]: a target at its size, or a source as the pipeline gives it to the VAE."""
-        image = picture.load(train_data_dir)
+        image = picture.load(self.cfg.data.train_data_dir)
         if picture.which is None:
             return image_to_tensor(fit_target(self.cfg, image, picture.size))
         width, height = picture.size
@@ -74,14 +89,13 @@ class Encoders:
         return self.pipeline.image_processor.preprocess(image, height, width)[0]
 
     @torch.no_grad()
-    def latents(self, pixels: list[Tensor], moments: bool) -> list[dict[str, Tensor]]:
-        """Pictures (3, H, W) of one size in [-1, 1] -> latents (16, 1, H/8, W/8) of each, normalised per channel; with
-        moments also the posterior's std."""
-        posterior = self.vae.encode(torch.stack(pixels)[:, :, None].to(self.device)).latent_dist
+    def latents(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 16, 1, H/8, W/8), normalised per channel; with moments also
+        the posterior's std."""
+        posterior = self.vae.encode(pixels[:, :, None].to(self.device)).latent_dist
         mean, std = latent_statistics(self.vae)
-        encoded = {"latents": (posterior.mode() - mean) / std}  # (N, 16, 1, H/8, W/8)
-        encoded |= {"posterior_std": posterior.std / std} if moments else {}
-        return [{name: values[index].cpu() for name, values in encoded.items()} for index in range(len(pixels))]
+        encoded = {"latents": (posterior.mode() - mean) / std}
+        return encoded | ({"posterior_std": posterior.std / std} if moments else {})
 
 
 @torch.no_grad()
@@ -206,7 +220,8 @@ class EncodedEdits(Dataset):
 # ---- encoding
 
 
-class Instruction(NamedTuple):
+@dataclass(eq=False)
+class Instruction:
     """A prompt to encode, and the sources that are in it."""
 
     text: str
@@ -236,46 +251,17 @@ def what_to_encode(
     return {**pictures, **prompts}
 
 
-def batches_of_one_size(pictures: dict[str, Picture], batch_size: int) -> list[list[list[str]]]:
-    """Batches of at most batch_size pictures of one size; for each picture the keys that ask for it. Rows that share a
-    source ask for the same one."""
-    keys_of = defaultdict(list)
-    for key, picture in pictures.items():
-        keys_of[picture.identity()].append(key)
-    by_size = defaultdict(list)
-    for keys in keys_of.values():
-        by_size[pictures[keys[0]].size].append(keys)
-    return [same[at : at + batch_size] for same in by_size.values() for at in range(0, len(same), batch_size)]
-
-
 def encode_missing(
     cfg: EditConfig, run: Run, folder: Path, embeddings: EmbeddingCache, wanted: dict[str, Picture | Instruction]
 ) -> None:
     """Add what the cache lacks of pictures and instructions. Every process calls it, and finds afterwards what all
     have added."""
-    missing = on_main(run, embeddings.missing, list(wanted), not run.first_rows)
-    with cache.filling(run, embeddings):
-        if missing:
-            encode(cfg, run, folder, embeddings, {key: wanted[key] for key in missing})
 
+    def encode(items: dict[str, Picture | Instruction]) -> None:
+        encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+        encode_items(run, embeddings, items, encoders, cfg.pictures)
 
-def encode(
-    cfg: EditConfig, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, Picture | Instruction]
-) -> None:
-    """Add this process's share of items. Whole batches of pictures are shared out: the VAE makes the same of them, to
-    the last bit, however many processes there are."""
-    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
-    pictures = {key: item for key, item in items.items() if isinstance(item, Picture)}
-    prompts = [(key, item) for key, item in items.items() if isinstance(item, Instruction)]
-    batches = batches_of_one_size(pictures, cfg.vae_mini_batch)
-    for batch in run.progress(run.share_of(batches), "encode pictures"):
-        pixels = [encoders.pixels(pictures[keys[0]], cfg.data.train_data_dir) for keys in batch]
-        for keys, tensors in zip(batch, encoders.latents(pixels, cfg.flow.cache_moments), strict=True):
-            for key in keys:
-                embeddings.add(key, tensors)
-    for key, (text, sources) in run.progress(run.share_of(prompts), "encode instructions"):
-        images = [each.load(cfg.data.train_data_dir) if isinstance(each, Picture) else each for each in sources]
-        embeddings.add(key, encoders.prompt(text, images))
+    cache.encode_missing(run, embeddings, wanted, encode)
 
 
 # ---- a dry run

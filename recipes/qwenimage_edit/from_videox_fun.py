@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import image_settings, rules, settings
 
-SECOND_NAMES = {"rank": "lora_rank", "network_alpha": "lora_alpha"}
+SECOND_NAMES = {"rank": "lora_rank", "network_alpha": "lora_alpha", "vae_mini_batch": "encode_batch_size"}
 SKIPPED = {
     "low_vram": "the encoders have left memory when training begins",
     "allow_tf32": "mixed_precision decides what is computed in",

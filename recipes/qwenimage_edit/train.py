@@ -60,8 +60,6 @@ class Config:
     not"""
     random_hw_adapt: bool = False
     """draw the target's size between 512 and image_sample_size, anew for each step"""
-    vae_mini_batch: int = 1
-    """pictures of one size that the VAE encodes at once"""
     uniform_sampling: bool = False
     """draw sigma, before the shift, in equal strata over the batch and the processes instead (one a sample of the
     step)"""
@@ -92,7 +90,7 @@ class Config:
     def check(self) -> None:
         rules.multiple_of(self, "image_sample_size", 16, "VAE 8 x packing 2")
         rules.between(self, 16, 8192, "image_sample_size")
-        rules.between(self, 1, 4096, "vae_mini_batch", "benchmark_prompt_tokens")
+        rules.between(self, 1, 4096, "benchmark_prompt_tokens")
         rules.between(self, 0, 64, "benchmark_sources")
         from_videox_fun.apply(self.videox_fun, self.tuning, self.lora, self.flow)
         if self.random_hw_adapt and self.image_sample_size < edits.smallest_side(self):

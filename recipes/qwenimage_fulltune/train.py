@@ -9,6 +9,7 @@ common/settings.py.
 """
 
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest
+from common.data import cache, check, encoding, loader
 from common.data.cache import EmbeddingCache
 from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
@@ -78,8 +79,8 @@ class Config:
 class Encoders:
     """The frozen VAE and text encoder, loaded plainly (never sharded), used before training and then dropped."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        self.device = device
+    def __init__(self, cfg: Config, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.device = cfg, device
         self.vae = load_vae(folder, device, torch.float32)
         text_encoder = (
             Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
@@ -89,22 +90,37 @@ class Encoders:
             scheduler=None, vae=self.vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None
         )
 
-    @torch.no_grad()
-    def prompt(self, text: str, max_sequence_length: int) -> dict[str, Tensor]:
-        """prompt_embeds (L, D): the pipeline's own template and encoding, its 34 template tokens dropped, unpadded."""
-        prompt_embeds, _ = self.pipeline.encode_prompt(
-            [text], device=self.device, max_sequence_length=max_sequence_length
-        )
-        return {"prompt_embeds": prompt_embeds[0].cpu()}
+    def shape(self, item: cache.Item) -> tuple[Hashable, int]:
+        """Of a row at its bucket (width, height), or a text alone: what a batch has in common, the text's length."""
+        return item[1], len(encoding.text_of(item))
+
+    def read(self, item: cache.Item) -> dict[str, Tensor]:
+        """pixels (3, H, W) in [-1, 1] of a row."""
+        row, bucket = item
+        return {"pixels": encoding.read_pixels(row, self.cfg.data.train_data_dir, bucket)} if bucket else {}
+
+    def encode(self, items: list[cache.Item], read: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        """prompt_embeds, B times (L, D), and latents (B, 16, 1, H/8, W/8) of pixels (B, 3, H, W)."""
+        prompts = {"prompt_embeds": self.prompts([encoding.text_of(item) for item in items])}
+        return prompts | (self.images(read["pixels"], self.cfg.flow.cache_moments) if read else {})
 
     @torch.no_grad()
-    def image(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
-        """pixels (3, H, W) in [-1, 1] -> latents (16, 1, H/8, W/8), normalised per channel; with moments also the
-        posterior's std."""
-        posterior = self.vae.encode(pixels[None, :, None].to(self.device)).latent_dist  # of (1, 16, 1, H/8, W/8)
+    def prompts(self, texts: list[str]) -> list[Tensor]:
+        """B times (L, D): the pipeline's own template and encoding, its 34 template tokens dropped, unpadded."""
+        prompt_embeds, mask = self.pipeline.encode_prompt(
+            texts, device=self.device, max_sequence_length=self.cfg.max_sequence_length
+        )
+        lengths = [prompt_embeds.shape[1]] * len(texts) if mask is None else mask.sum(1).tolist()
+        return [embeds[:length] for embeds, length in zip(prompt_embeds, lengths, strict=True)]
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 16, 1, H/8, W/8), normalised per channel; with moments also
+        the posterior's std."""
+        posterior = self.vae.encode(pixels[:, :, None].to(self.device)).latent_dist  # of (B, 16, 1, H/8, W/8)
         mean, std = latent_statistics(self.vae)
-        encoded = {"latents": ((posterior.mode() - mean) / std)[0].cpu()}
-        return encoded | ({"posterior_std": (posterior.std / std)[0].cpu()} if moments else {})
+        encoded = {"latents": (posterior.mode() - mean) / std}
+        return encoded | ({"posterior_std": posterior.std / std} if moments else {})
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLQwenImage:
@@ -122,14 +138,8 @@ def latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
 
 def encode(cfg: Config, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, cache.Item]) -> None:
     """Add what the encoders make of each row at its bucket (width, height), or of a text alone."""
-    encoders = Encoders(folder, run.device, run.compute_dtype)
-    for key, (row, bucket) in run.progress(items.items(), "encode"):
-        tensors = encoders.prompt(row if isinstance(row, str) else row.text, cfg.max_sequence_length)
-        if bucket:
-            image = manifest.load_image(row, cfg.data.train_data_dir, at_least=bucket)
-            pixels = images.image_to_tensor(images.resize_and_crop(image, bucket))
-            tensors |= encoders.image(pixels, cfg.flow.cache_moments)
-        embeddings.add(key, tensors)
+    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+    encoding.encode_items(run, embeddings, items, encoders, cfg.pictures)
 
 
 # ---------------------------------------------------------------- data

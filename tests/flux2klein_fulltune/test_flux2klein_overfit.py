@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from parity import first
 from PIL import Image
 
+from common.data.images import image_to_tensor
 from tiny import shapes
 
 pytestmark = pytest.mark.slow
@@ -38,12 +40,14 @@ def trained(request, train, settings, model_folder) -> SimpleNamespace:
     transformer = Flux2Transformer2DModel(**edges, **sizes, axes_dims_rope=(8, 8, 8, 8))
     pipeline = Flux2KleinPipeline.from_pretrained(model_folder, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
+    flags = {"timestep_sampling": "uniform", "shift_rule": "empirical", "max_sequence_length": LENGTH}
+    cfg = settings(caption_dropout=0.0, **flags)
+    encoders = train.Encoders(cfg, model_folder, torch.device("cpu"), torch.float32)
     models = train.Models(
         transformer=transformer,
         config=json.loads(transformer.to_json_string()),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
-        empty_prompt_embeds=encoders.prompt("", LENGTH)["prompt_embeds"],
+        empty_prompt_embeds=encoders.prompts([""])[0],
         dtype=torch.float32,
     )
     asked, samples, expected = [], [], []
@@ -54,12 +58,12 @@ def trained(request, train, settings, model_folder) -> SimpleNamespace:
             reference = {}
         else:
             asked.append({"prompt": "the other half", "image": Image.new("RGB", (64, 64), shapes.COLOURS[colour])})
-            reference = {"reference_0": encoders.reference(asked[-1]["image"])}
-        latents = encoders.image(train.images.image_to_tensor(image), moments=False)
-        samples.append({**encoders.prompt(asked[-1]["prompt"], LENGTH), **latents, **reference})
+            pixels = train.reference_images.pixels(asked[-1]["image"], pipeline.image_processor)
+            reference = {"reference_0": pixels[None]}
+        item = (asked[-1]["prompt"], None)
+        samples.append(first(encoders.encode([item], {"pixels": image_to_tensor(image)[None], **reference})))
         with torch.no_grad():
             expected.append(pipeline._encode_vae_image(pipeline.image_processor.preprocess(image), generator=None)[0])
-    cfg = settings(caption_dropout=0.0, timestep_sampling="uniform", shift_rule="empirical")
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
@@ -113,13 +117,13 @@ def test_pictures_come_back_from_noise(trained, number):
 def test_decoded_picture_is_the_vaes_reconstruction(trained, train):
     """Catches latents that are normalised in training otherwise than the pipeline undoes it."""
     vae = trained.pipeline.vae
-    pixels = train.images.image_to_tensor(scene(*next(iter(SCENES.values()))))
+    pixels = image_to_tensor(scene(*next(iter(SCENES.values()))))
     with torch.no_grad():
         reconstruction = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample[0].clamp(-1, 1)
     image, _ = draw(trained, 0, 0)
     assert image.size == (WIDTH, HEIGHT)
     spread = (reconstruction - reconstruction.mean()).norm()
-    assert (train.images.image_to_tensor(image) - reconstruction).norm() < 0.5 * spread
+    assert (image_to_tensor(image) - reconstruction).norm() < 0.5 * spread
 
 
 def test_reversed_sign_shows_in_the_loss(trained, train, monkeypatch):

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-from parity import Spy, assert_same_call, call_of_loss, mixed, picture
+from parity import Spy, assert_batch_is_rows, assert_same_call, call_of_loss, first, mixed, picture
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.data.images import image_to_tensor
 from common.data.manifest import Record
 from common.data.order import MicroBatchSampler
 from common.start.folders import part_config
@@ -39,7 +41,8 @@ LARGE, TALL, FLAT = (1100, 1000), (70, 130), (150, 64)  # (width, height) of ref
 def world(request, train, settings, model_folder) -> SimpleNamespace:
     """The recipe's encoders and models, and the unmodified pipeline with a spy on the transformer that both use."""
     dtype = getattr(torch, request.param)
-    encoders = train.Encoders(model_folder, torch.device("cpu"), dtype)
+    cfg = settings(seed=5, caption_dropout=0.0, max_sequence_length=LENGTH)
+    encoders = train.Encoders(cfg, model_folder, torch.device("cpu"), dtype)
     # a schedule without shift, so that the pipeline can be told which sigma to use
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         model_folder / "scheduler", use_dynamic_shifting=False, shift=1.0
@@ -52,21 +55,26 @@ def world(request, train, settings, model_folder) -> SimpleNamespace:
         transformer=pipeline.transformer,
         config=dict(pipeline.transformer.config),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
-        empty_prompt_embeds=encoders.prompt("", LENGTH)["prompt_embeds"],
+        empty_prompt_embeds=encoders.prompts([""])[0],
         dtype=dtype,
     )
-    cfg = settings(seed=5, caption_dropout=0.0)
     everything = dict(train=train, encoders=encoders, pipeline=pipeline, spy=spy, models=models, cfg=cfg, dtype=dtype)
     return SimpleNamespace(**everything, encoded={})
+
+
+def reference(world: SimpleNamespace, image: Image.Image) -> Tensor:
+    """(128, h, w): the latents of a reference image."""
+    pixels = world.train.reference_images.pixels(image, world.pipeline.image_processor)
+    return world.encoders.images(pixels[None], moments=False)["latents"][0]
 
 
 def encoded(world: SimpleNamespace, number: int, references: tuple[Image.Image, ...] = ()) -> dict:
     """A row as the cache holds it."""
     if number not in world.encoded:
-        pixels = world.train.images.image_to_tensor(picture(number, SIZE))
-        prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], LENGTH)
-        world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
-    latents = {f"reference_{index}": world.encoders.reference(image) for index, image in enumerate(references)}
+        pixels = image_to_tensor(picture(number, SIZE))
+        item = PROMPTS[number % len(PROMPTS)], None
+        world.encoded[number] = first(world.encoders.encode([item], {"pixels": pixels[None]}))
+    latents = {f"reference_{index}": reference(world, image) for index, image in enumerate(references)}
     return {**world.encoded[number], **latents}
 
 
@@ -196,9 +204,9 @@ def test_batch_norm_statistics_normalise_and_stay(world):
     would move them."""
     vae = world.encoders.vae
     before = {name: value.clone() for name, value in vae.bn.state_dict().items()}
-    pixels = world.train.images.image_to_tensor(picture(7, SIZE))
-    latents = world.encoders.image(pixels, moments=False)["latents"]
-    world.encoders.reference(picture(8, TALL))
+    pixels = image_to_tensor(picture(7, SIZE))
+    (latents,) = world.encoders.images(pixels[None], moments=False)["latents"]
+    reference(world, picture(8, TALL))
     assert not vae.training and not vae.bn.training and not any(p.requires_grad for p in vae.parameters())
     assert all(torch.equal(value, before[name]) for name, value in vae.bn.state_dict().items())
     with torch.no_grad():
@@ -208,16 +216,29 @@ def test_batch_norm_statistics_normalise_and_stay(world):
     assert (latents - without_eps[0]).norm() > 0.05 * latents.norm(), "this model's eps is too small to be missed"
 
 
+def test_a_batch_is_its_rows(world):
+    """Catches prompts whose padding is seen or kept, and rows of a batch that are mixed up."""
+    only_float32(world)
+    items = [(text, None) for text in (*PROMPTS, "", "a cross on the right")]
+    sizes = {"pixels": SIZE, "reference_0": (64, 96), "reference_1": SIZE}
+    read = [
+        {name: image_to_tensor(picture(number + at, size)) for at, (name, size) in enumerate(sizes.items())}
+        for number in range(0, 40, 10)
+    ]
+    assert_batch_is_rows(world.encoders, items, [dict(each) for each in read])
+    assert_batch_is_rows(world.encoders, items, [{}] * 4)
+
+
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is patched or scaled otherwise than its mean is."""
-    pixels, vae = world.train.images.image_to_tensor(picture(0, SIZE)), world.encoders.vae
-    kept = world.encoders.image(pixels, moments=True)
+    pixels, vae = image_to_tensor(picture(0, SIZE)), world.encoders.vae
+    kept = first(world.encoders.images(pixels[None], moments=True))
     with torch.no_grad():
         posterior = vae.encode(pixels[None]).latent_dist
         lower, upper = (world.pipeline._patchify_latents(posterior.mode() + s * posterior.std) for s in (-1, 1))
         spread = (vae.bn(upper) - vae.bn(lower))[0] / 2
     torch.testing.assert_close(kept["posterior_std"], spread, atol=1e-5, rtol=1e-3)
-    assert torch.equal(kept["latents"], world.encoders.image(pixels, moments=False)["latents"])
+    assert torch.equal(kept["latents"], world.encoders.images(pixels[None], moments=False)["latents"][0])
 
 
 def test_decoding_undoes_encoding(world):
@@ -226,7 +247,7 @@ def test_decoding_undoes_encoding(world):
     only_float32(world)
     vae = world.encoders.vae
     with torch.no_grad():
-        pixels = world.train.images.image_to_tensor(picture(0, SIZE))
+        pixels = image_to_tensor(picture(0, SIZE))
         direct = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample
     packed = world.pipeline._pack_latents(encoded(world, 0)["latents"][None])
 

@@ -67,9 +67,8 @@ def unet_call(pipeline, seed: int = 0, batch_size: int = 2, size: tuple[int, int
 
 
 def set_layout(adapter_module, adapter, pipeline, size=(16, 24), guided=True) -> None:
-    embeds = [
-        adapter_module.embed_phrase(pipeline.tokenizer, pipeline.text_encoder, item["phrase"]) for item in OBJECTS
-    ]
+    phrases = [item["phrase"] for item in OBJECTS]
+    embeds = adapter_module.embed_phrases(pipeline.tokenizer, pipeline.text_encoder, phrases)
     adapter.layout = adapter_module.layout_for_pipeline(
         adapter, pipeline.unet, embeds, [item["bbox"] for item in OBJECTS], size, guided
     )
@@ -266,7 +265,8 @@ def test_phrases_are_means_of_the_prompts_hidden_states(adapter_module, pipeline
     elsewhere."""
     prompt_embeds, *_ = pipeline.encode_prompt("red circle", "cpu", do_classifier_free_guidance=False)
     own = len(pipeline.tokenizer("red circle")["input_ids"]) - 2
-    ours = adapter_module.embed_phrase(pipeline.tokenizer, pipeline.text_encoder, "red circle")
+    phrases = ["red circle", "a blue star at the top"]  # of other lengths, so that the first is padded
+    ours, _ = adapter_module.embed_phrases(pipeline.tokenizer, pipeline.text_encoder, phrases)
     assert torch.allclose(ours, prompt_embeds[0, -own:].mean(0), atol=1e-5)
     assert not torch.allclose(ours, prompt_embeds[0, -own - 1 :].mean(0), atol=1e-3)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
+from parity import assert_batch_is_rows, first
+from parity import picture as drawn
 from PIL import Image
 
 from common.data.images import image_to_tensor, resize_and_crop
@@ -18,7 +20,7 @@ PROMPT = "a red circle and a blue square"
 
 @pytest.fixture(scope="module")
 def encoders(train, model_folder):
-    return train.Encoders(model_folder, torch.device("cpu"), torch.float32)
+    return train.Encoders(None, model_folder, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_the_unet_is_called_as_the_pipeline_calls_it(train, modes, layouts, enco
     argument of the pipeline's call, tensor by tensor."""
     (theirs, _) = pipelines_calls(pipeline, prompt=PROMPT, guidance_scale=1.0)
     record = Record(0, "a.png", PROMPT, width=96, height=64)
-    batch = {name: tensor[None] for name, tensor in encoders.prompt(PROMPT).items()}
+    batch = encoders.prompts([PROMPT])
     batch["add_time_ids"] = torch.tensor([layouts.size_conditions(record, (96, 64))])
     batch |= {"noisy_latents": theirs["sample"], "timesteps": theirs["timestep"][None]}
     calls, forward = [], pipeline.unet.forward
@@ -72,7 +74,7 @@ def test_the_unet_is_called_as_the_pipeline_calls_it(train, modes, layouts, enco
 def test_the_empty_caption_is_the_pipelines(encoders, pipeline):
     """Catches zeros, or nothing, where guidance without a negative prompt encodes an empty one."""
     (theirs, _) = pipelines_calls(pipeline, prompt=PROMPT, guidance_scale=3.0)
-    empty = encoders.prompt("")
+    empty = first(encoders.prompts([""]))
     assert torch.equal(theirs["encoder_hidden_states"][0], empty["prompt_embeds"])
     assert torch.equal(theirs["added_cond_kwargs"]["text_embeds"][0], empty["pooled_prompt_embeds"])
 
@@ -81,7 +83,7 @@ def test_latents_are_those_that_the_pipeline_decodes(train, encoders, pipeline):
     """Catches a missing or inverted scaling factor, a sample in place of the mode, and mirrored latents in place of
     the mirrored picture's."""
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 96, 3), dtype=np.uint8))
-    encoded = encoders.image(image_to_tensor(resize_and_crop(picture, (96, 64))), flipped=True)
+    encoded = first(encoders.images(image_to_tensor(resize_and_crop(picture, (96, 64)))[None], flipped=True))
     pixels = VaeImageProcessor().preprocess(picture)
     mirrored = VaeImageProcessor().preprocess(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     with torch.no_grad():
@@ -90,6 +92,16 @@ def test_latents_are_those_that_the_pipeline_decodes(train, encoders, pipeline):
             assert torch.allclose(encoded[name] / pipeline.vae.config.scaling_factor, mode, atol=1e-5), name
     assert pipeline.vae.config.scaling_factor != 1
     assert not torch.allclose(encoded["latents_flipped"], encoded["latents"].flip(-1), atol=1e-3)
+
+
+def test_a_batch_is_its_rows(train, settings, model_folder):
+    """Catches prompts whose padding is seen or kept, and rows of a batch that are mixed up."""
+    encoders = train.Encoders(settings(random_flip=True), model_folder, torch.device("cpu"), torch.float32)
+    texts = [PROMPT, "", "a blue star", "a red circle at the top"]
+    rows = [("row", Record(0, "", text), (96, 64)) for text in texts]
+    assert_batch_is_rows(encoders, rows, [{"pixels": image_to_tensor(drawn(n, (96, 64)))} for n in range(4)])
+    assert_batch_is_rows(encoders, [("prompt", text) for text in texts], [{}] * 4)
+    assert_batch_is_rows(encoders, [("phrase", text) for text in texts[2:]], [{}] * 2)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -119,7 +131,7 @@ def test_a_perfect_unet_draws_the_picture(train, encoders, pipeline, scheduler_c
     training asks for must lead the unmodified pipeline to the training picture."""
     picture = Image.new("RGB", (64, 64), (200, 30, 30))
     picture.paste((20, 40, 220), (10, 10, 40, 30))
-    latents = encoders.image(image_to_tensor(picture), flipped=False)["latents"][None]
+    latents = encoders.images(image_to_tensor(picture)[None], flipped=False)["latents"]
     alphas_cumprod = train.noise_schedule(scheduler_config)
 
     def perfect(sample, timestep, **_):

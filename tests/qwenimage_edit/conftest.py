@@ -51,7 +51,7 @@ def process() -> Callable[..., SimpleNamespace]:
         plain = dict(
             device=torch.device("cpu"), rank=0, world_size=1, is_main=True, first_rows={}, barrier=lambda: None
         )
-        asked = dict(progress=lambda items, title: items, share_of=lambda items: items)
+        asked = dict(progress=lambda items, title, total: items, share_of=lambda items: items)
         return SimpleNamespace(**plain, **asked, compute_dtype=dtype)
 
     return make
@@ -145,7 +145,7 @@ def config(model_folder, data_folder, tmp_path_factory) -> Path:
         train_data_dir=str(data_folder),
         cache_dir=str(file.parent / "embedding_cache"),
         image_sample_size=256,
-        vae_mini_batch=4,
+        encode_batch_size=4,
         train_batch_size=8,
         mixed_precision="no",
         optimizer="adamw",

@@ -76,7 +76,7 @@ def encoders_of(settings, encoding, make_tiny, fine_folder, tmp_path_factory):
         ("qwen_image_edit", (320, 640), (22, 12), (736, 1440)),
     ],
 )
-def test_a_source_keeps_its_aspect(encoders_of, edits, monkeypatch, mode, size, grid, vae_size):
+def test_a_source_keeps_its_aspect(encoders_of, encoding, edits, monkeypatch, mode, size, grid, vae_size):
     """Catches a source squashed to a square or to another aspect, and width and height exchanged, on the way to the
     text encoder or to the VAE: 640 x 320 stays 2 : 1."""
     encoders, grids = encoders_of(mode), []
@@ -88,13 +88,14 @@ def test_a_source_keeps_its_aspect(encoders_of, edits, monkeypatch, mode, size, 
         return inputs
 
     monkeypatch.setattr(Qwen2VLProcessor, "__call__", spying)
-    encoders.prompt("make it blue", [halves(size)])
+    instruction = encoding.Instruction("make it blue", [halves(size)])
+    encoders.encode([instruction], {"sources": [instruction.sources]})
     assert grids == [[[1, *grid]]]
 
     record = Record(0, "", "", ("a.png",), source_sizes=(size,))
     assert edits.source_size(size) == vae_size
     monkeypatch.setattr(edits, "load_image", lambda record, folder, which: halves(size))
-    pixels = encoders.pixels(edits.Picture(edits.source_size(size), record, 0, 0), "")
+    pixels = encoders.pixels(edits.Picture(edits.source_size(size), record, 0, 0))
     width, height = vae_size
     assert pixels.shape == (3, height, width)
     red, _, blue = pixels
@@ -105,11 +106,11 @@ def test_a_source_keeps_its_aspect(encoders_of, edits, monkeypatch, mode, size, 
 def test_latents_have_the_sources_axes(encoders_of):
     """Catches width and height exchanged in what is kept of a source: (channels, 1, height, width)."""
     pixels = torch.zeros(3, 736, 1440)
-    (kept,) = encoders_of("qwen_image_edit_plus").latents([pixels], moments=False)
-    assert kept["latents"].shape == (16, 1, 736 // 16, 1440 // 16) and kept["latents"].dtype == torch.float32
+    (latents,) = encoders_of("qwen_image_edit_plus").latents(pixels[None], moments=False)["latents"]
+    assert latents.shape == (16, 1, 736 // 16, 1440 // 16) and latents.dtype == torch.float32
 
 
-def test_transparent_rotated_and_grey_sources(settings, edits, load_rows, encoders_of, tmp_path):
+def test_transparent_rotated_and_grey_sources(settings, edits, encoding, load_rows, encoders_of, tmp_path):
     """Catches transparency read as black, EXIF rotation that is not applied to the pixels or not to the size that they
     are encoded at, and a grey source that stops the run or becomes a colour."""
     clear = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
@@ -125,7 +126,10 @@ def test_transparent_rotated_and_grey_sources(settings, edits, load_rows, encode
     assert record.source_sizes == ((96, 96), (80, 160), (120, 90))
     assert rows.source_shapes() == [((1024, 1024), (736, 1440), (1184, 896))]
     clear, turned, grey = (
-        encoders_of("qwen_image_edit_plus").pixels(edits.Picture(size, record, which, 0), cfg.data.train_data_dir)
+        encoding.Encoders.pixels(
+            SimpleNamespace(cfg=cfg, pipeline=encoders_of("qwen_image_edit_plus").pipeline),
+            edits.Picture(size, record, which, 0),
+        )
         for which, size in enumerate(rows.source_shapes()[0])
     )
     assert clear.shape == (3, 1024, 1024) and (clear == 1).all(), "transparency lies over white"
@@ -280,10 +284,10 @@ def test_target_and_sources_show_the_same_frame(encoding, rows_of_videos, tmp_pa
         keys = [encoding.target_key(cache, record, view)]
         keys += [encoding.source_key(cache, record, view, which) for which in range(len(record.source_file_path))]
         pictures = [wanted[key] for key in keys]
-        text, sources = wanted[encoding.prompt_key(cache, record, view, empty=False)]
-        assert text == record.text
+        instruction = wanted[encoding.prompt_key(cache, record, view, empty=False)]
+        assert instruction.text == record.text
         if record.type == "video":
-            for picture in [*pictures, *sources]:
+            for picture in [*pictures, *instruction.sources]:
                 assert brightness(picture.load(cfg.data.train_data_dir)) == pytest.approx(expected, abs=6)
     pictures = {key: each for key, each in wanted.items() if isinstance(each, encoding.Picture)}
     assert len(pictures) == len({picture.identity() + (key,) for key, picture in pictures.items()}) > 0
@@ -330,14 +334,15 @@ PUBLISHED = """--pretrained_model_name_or_path=models/Qwen-Image-Edit --train_da
 
 def test_published_flags_are_taken_verbatim(train, settings):
     """Catches a flag of VideoX-Fun's commands that is refused, renamed, ignored or read in another type."""
-    got = rules.flat(parse_recipe(train.Config, [*PUBLISHED.split(), "1girl, black_hair, solo"]))
+    argv = [*PUBLISHED.split(), "1girl, black_hair, solo"]
+    got = rules.flat(parse_recipe(train.Config, argv, train.from_videox_fun.SECOND_NAMES))
     expected = dict(
         pretrained_model_name_or_path="models/Qwen-Image-Edit", train_data_dir="datasets/internal_datasets/",
         train_data_meta="datasets/internal_datasets/metadata.json", train_batch_size=1, image_sample_size=1328,
         gradient_accumulation_steps=1, dataloader_num_workers=8, num_train_epochs=0, max_train_steps=500,
         checkpointing_steps=50, learning_rate=2e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=100, seed=42,
         output_dir="output_dir_qwenimage_edit", gradient_checkpointing=True, mixed_precision="bf16",
-        adam_weight_decay=0.03, adam_epsilon=1e-10, vae_mini_batch=1, max_grad_norm=0.05, enable_bucket=True,
+        adam_weight_decay=0.03, adam_epsilon=1e-10, encode_batch_size=1, max_grad_norm=0.05, enable_bucket=True,
         random_hw_adapt=True, uniform_sampling=True, trainable_modules=(".",), train_mode="qwen_image_edit",
         resume_from_checkpoint="latest", use_8bit_adam=True, optimizer="adamw_8bit", report_to="wandb",
         validation_steps=100, validation_epochs=500, validation_image_paths=("asset/8.jpg",),
@@ -348,7 +353,10 @@ def test_published_flags_are_taken_verbatim(train, settings):
     changed = {name for name in got if got[name] != plain_config[name]}
     assert changed <= expected.keys(), "a flag that sets something else too"
     epochs_alone = [word for word in PUBLISHED.split() if "max_train_steps" not in word]
-    assert parse_recipe(train.Config, [*epochs_alone, "1girl"]).batch.num_train_epochs == 100
+    assert (
+        parse_recipe(train.Config, [*epochs_alone, "1girl"], train.from_videox_fun.SECOND_NAMES).batch.num_train_epochs
+        == 100
+    )
 
 
 def test_8bit_adam_is_one_optimizer(train, settings, monkeypatch):
@@ -369,7 +377,7 @@ def test_8bit_adam_is_one_optimizer(train, settings, monkeypatch):
         (dict(image_sample_size=1000), "image_sample_size must be a positive multiple of 16.*got 1000; use 992"),
         (dict(random_hw_adapt=True, image_sample_size=496), "random_hw_adapt draws sizes from 512.*which is 496"),
         (dict(lora_rank=4, trainable_modules=("attn",)), "lora_rank 4 trains adapters alone, got trainable_modules"),
-        (dict(vae_mini_batch=0), "vae_mini_batch must be at least 1, got 0"),
+        (dict(encode_batch_size=-1), "encode_batch_size must be at least 0, got -1"),
         (dict(lora_rank=-1), "lora_rank must be at least 0, got -1"),
         (dict(validation_epochs=-1), "validation_epochs must be at least 0, got -1"),
         (dict(caption_dropout=1.5), "caption_dropout is a share between 0 and 1, got 1.5"),
@@ -537,7 +545,7 @@ def six_edits(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_vae_mini_batch_changes_nothing(
+def test_encode_batch_size_changes_nothing(
     settings, encoding, load_rows, process, fine_folder, six_edits, tmp_path, monkeypatch
 ):
     """Catches pictures of a batch that are mixed up or given to the wrong row, batches of unequal sizes, and a source
@@ -545,15 +553,15 @@ def test_vae_mini_batch_changes_nothing(
     batches, entries, run = {}, {}, process()
     latents = encoding.Encoders.latents
 
-    def spying(encoders, pixels: list[Tensor], moments: bool) -> list[dict[str, Tensor]]:
-        batches[encoders.cfg.vae_mini_batch].append([tuple(each.shape) for each in pixels])
+    def spying(encoders, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
+        batches[encoders.cfg.pictures.encode_batch_size].append([tuple(each.shape) for each in pixels])
         return latents(encoders, pixels, moments)
 
     monkeypatch.setattr(encoding.Encoders, "latents", spying)
     for mini_batch in (1, 4):
         batches[mini_batch] = []
         rows = json.loads((six_edits / "train.json").read_text())
-        more = dict(vae_mini_batch=mini_batch, cache_dir=tmp_path / str(mini_batch), caption_dropout=0)
+        more = dict(encode_batch_size=mini_batch, cache_dir=tmp_path / str(mini_batch), caption_dropout=0)
         cfg = config_of(settings, six_edits, rows, **more)
         cache = encoding.open_cache(cfg, run, fine_folder)
         loaded, _ = load_rows(cfg)

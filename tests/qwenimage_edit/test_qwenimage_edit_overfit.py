@@ -63,9 +63,11 @@ def trained(request, train, settings, encoding, model_folder) -> SimpleNamespace
         asked.append({"prompt": text, "image": [source] if mode == "plus" else source})
         width, height = encoding.source_size(source.size)
         pixels = pipeline.image_processor.preprocess(source, height, width)[0]
-        (latents,) = encoders.latents([encoding.image_to_tensor(target)], moments=False)
-        (of_source,) = encoders.latents([pixels], moments=False)
-        samples.append({**encoders.prompt(text, [source]), **latents, "source_0": of_source["latents"]})
+        (latents,) = encoders.latents(encoding.image_to_tensor(target)[None], moments=False)["latents"]
+        (of_source,) = encoders.latents(pixels[None], moments=False)["latents"]
+        instruction = encoding.Instruction(text, [source])
+        (prompt_embeds,) = encoders.encode([instruction], {"sources": [[source]]})["prompt_embeds"]
+        samples.append({"prompt_embeds": prompt_embeds, "latents": latents, "source_0": of_source})
         with torch.no_grad():
             pixels = pipeline.image_processor.preprocess(target)[:, :, None]
             expected.append(pipeline._encode_vae_image(pixels, generator=None)[0])

@@ -14,7 +14,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
-from parity import Spy, assert_same_call, call_of_loss, mixed, picture
+from parity import Spy, assert_same_call, call_of_loss, first, mixed, picture
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -311,7 +311,7 @@ def test_moments_give_the_posterior(encoding, world, fine_folder):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
     encoders = encoding.Encoders(world.cfg, fine_folder, torch.device("cpu"), torch.float32)
     pixels = encoding.image_to_tensor(target(0))
-    (kept,) = encoders.latents([pixels], moments=True)
+    kept = first(encoders.latents(pixels[None], moments=True))
     with torch.no_grad():
         posterior = encoders.vae.encode(pixels[None, :, None]).latent_dist
     for c in range(16):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-from parity import Spy, assert_same_call, call_of_loss, mixed, picture
+from parity import Spy, assert_batch_is_rows, assert_same_call, call_of_loss, first, mixed, picture
 
 from common.data import images, loader
 from common.data.order import Place
@@ -31,7 +31,7 @@ PROMPTS = ["a red circle on the left, on a white background", "a cross"]  # of d
 def world(request, train, model_folder) -> SimpleNamespace:
     """The recipe's encoders and models, and the unmodified pipeline with a spy on the transformer that both use."""
     dtype = getattr(torch, request.param)
-    encoders = train.Encoders(model_folder, torch.device("cpu"), dtype)
+    encoders = train.Encoders(settings(train), model_folder, torch.device("cpu"), dtype)
     # a schedule without shift and stretch, so that the pipeline can be told which sigma to use
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         model_folder / "scheduler", use_dynamic_shifting=False, shift_terminal=None, shift=1.0
@@ -43,7 +43,7 @@ def world(request, train, model_folder) -> SimpleNamespace:
         transformer=pipeline.transformer,
         config=dict(pipeline.transformer.config),
         scheduler_config=FlowMatchEulerDiscreteScheduler.load_config(model_folder / "scheduler"),
-        empty_prompt_embeds=encoders.prompt("", 512)["prompt_embeds"],
+        empty_prompt_embeds=encoders.prompts([""])[0],
         dtype=dtype,
     )
     cfg = settings(train, caption_dropout=0.0)
@@ -65,8 +65,8 @@ def place(position: int, step: int = 3) -> dict[str, int]:
 def encoded(world: SimpleNamespace, number: int) -> dict:
     if number not in world.encoded:
         pixels = images.image_to_tensor(picture(number, SIZE))
-        prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], 512)
-        world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
+        (prompt,) = world.encoders.prompts([PROMPTS[number % len(PROMPTS)]])
+        world.encoded[number] = {"prompt_embeds": prompt, **first(world.encoders.images(pixels[None], moments=False))}
     return world.encoded[number]
 
 
@@ -208,17 +208,27 @@ def test_empty_caption_is_the_encoded_one(world):
     assert 3 <= dropped <= 18, dropped
 
 
+def test_a_batch_is_its_rows(world):
+    """Catches prompts whose padding is seen or kept, and rows of a batch that are mixed up."""
+    if world.dtype != torch.float32:
+        pytest.skip("compared in float32")
+    items = [(text, None) for text in (*PROMPTS, "", "a cross on the right")]
+    read = [{"pixels": images.image_to_tensor(picture(number, SIZE))} for number in range(4)]
+    assert_batch_is_rows(world.encoders, items, read)
+    assert_batch_is_rows(world.encoders, items, [{}] * 4)
+
+
 def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
     pixels = images.image_to_tensor(picture(0, SIZE))
     vae = world.encoders.vae
-    kept = world.encoders.image(pixels, moments=True)
+    kept = first(world.encoders.images(pixels[None], moments=True))
     with torch.no_grad():
         posterior = vae.encode(pixels[None, :, None]).latent_dist
     for c in range(16):
         std = posterior.std[0, c] / vae.config.latents_std[c]
         torch.testing.assert_close(kept["posterior_std"][c], std)
-    assert torch.equal(kept["latents"], world.encoders.image(pixels, moments=False)["latents"])
+    assert torch.equal(kept["latents"], world.encoders.images(pixels[None], moments=False)["latents"][0])
 
 
 def test_decoding_undoes_encoding(world):
