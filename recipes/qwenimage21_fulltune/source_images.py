@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers import QwenImage21Pipeline
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from common.data import loader
+from common.data.images import image_to_tensor
 from common.data.manifest import Record, load_image
 from common.data.order import Place
 from common.processes import Run
@@ -28,6 +30,9 @@ def row_problem(record: Record) -> str:
     return f"sources and {len(record.captions)} captions, expected one: give each a row of its own" if several else ""
 
 
+CHECKS = {"row_problem": row_problem, "source_problem": problem}
+
+
 def encoded_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     """(width, height) at which the pipeline takes a source: about resolution squared pixels, sides multiples of 32."""
     return calculate_dimensions(resolution**2, width / height)[:2]
@@ -40,14 +45,19 @@ def shapes(records: Sequence[Record], resolution: int) -> list[tuple] | None:
     return sizes if any(sizes) else None
 
 
-def of_row(record: Record | str, train_data_dir: str | Path, resolution: int) -> list[Image.Image]:
-    """A row's source images as the pipeline resizes them, RGBA; a text has none. The text encoder and the VAE see the
-    same."""
+def of_row(record: Record, train_data_dir: str | Path, resolution: int) -> list[Image.Image]:
+    """A row's source images as the pipeline resizes them, RGBA. The text encoder and the VAE see the same."""
     sources = []
-    for which in range(0 if isinstance(record, str) else len(record.source_file_path)):
+    for which in range(len(record.source_file_path)):
         image = load_image(record, train_data_dir, which, keep_alpha=True).convert("RGBA")
         sources.append(image.resize(encoded_size(*image.size, resolution), Image.Resampling.LANCZOS))
     return sources
+
+
+def read(record: Record, train_data_dir: str | Path, resolution: int) -> dict[str, Any]:
+    """sources, the images, and of each source_0 (4, h, w) in [-1, 1] and so on."""
+    sources = of_row(record, train_data_dir, resolution)
+    return {"sources": sources} | {f"source_{which}": image_to_tensor(each) for which, each in enumerate(sources)}
 
 
 def of_batch(batch: dict) -> list[Tensor]:

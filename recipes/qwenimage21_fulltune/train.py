@@ -9,6 +9,7 @@ common/settings.py.
 """
 
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.nn.functional import pad
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from common import image_settings, rules, settings
-from common.data import cache, check, images, loader, manifest
+from common.data import cache, check, encoding, images, loader, manifest
 from common.data.cache import EmbeddingCache
 from common.model import adapters, export, loading
 from common.model.ema import Ema, evaluating
@@ -83,39 +84,59 @@ class Config:
 class Encoders:
     """The frozen VAE and text encoder, loaded plainly (never sharded), used before training and then dropped."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        self.device = device
+    def __init__(self, cfg: Config, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.device = cfg, device
         text_encoder = (
             Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
         )
-        self.pipeline = load_pipeline(folder, device, torch.float32, text_encoder)
+        self.pipeline = load_pipeline(folder, device, torch.float32, text_encoder=text_encoder)
         self.vae = self.pipeline.vae
+
+    def shape(self, item: cache.Item) -> tuple[Hashable, int]:
+        """Of a row at its bucket (width, height), or a text alone: what a batch has in common, the text's length."""
+        sizes = source_images.shapes([item[0]], self.cfg.buckets.resolution) if item[1] else None
+        return (item[1], str(sizes)), len(encoding.text_of(item))
+
+    def read(self, item: cache.Item) -> dict:
+        """pixels (4, H, W) in [-1, 1] of a row, its sources, and as pixels source_0 (4, h, w) and so on."""
+        (row, bucket), folder = item, self.cfg.data.train_data_dir
+        if not bucket:
+            return {}
+        image = manifest.load_image(row, folder, at_least=bucket, keep_alpha=True).convert("RGBA")
+        pixels = {"pixels": images.image_to_tensor(images.resize_and_crop(image, bucket))}
+        return pixels | source_images.read(row, folder, self.cfg.buckets.resolution)
+
+    def encode(self, items: list[cache.Item], read: dict) -> dict[str, Sequence[Tensor]]:
+        """What prompt gives, text by text (padding changes the last bits), and latents of pixels and of sources."""
+        sources = read.pop("sources", [[]] * len(items))
+        each = [self.prompt(encoding.text_of(item), of_row) for item, of_row in zip(items, sources, strict=True)]
+        encoded: dict[str, Sequence[Tensor]] = {name: [one[name] for one in each] for name in each[0]}
+        if sources[0]:
+            encoded["empty_prompt_embeds"] = [self.prompt("", of_row)["prompt_embeds"] for of_row in sources]
+        encoded |= self.images(read.pop("pixels"), self.cfg.flow.cache_moments) if read else {}
+        return encoded | {name: self.images(pixels, moments=False)["latents"] for name, pixels in read.items()}
 
     @torch.no_grad()
     def prompt(self, text: str, sources: list[Image.Image]) -> dict[str, Tensor]:
-        """prompt_embeds (L, D) and image_pad_mask (L,): the pipeline's own template and encoding of a text with its
-        sources (RGBA, as load_sources makes them), its system turn dropped, unpadded. The mask says where an image's
-        tokens stand."""
+        """prompt_embeds (L, D), image_pad_mask (L,), True where an image's tokens stand: the pipeline's own template
+        and encoding of a text with its sources (RGBA, as the VAE sees them), its system turn dropped, unpadded."""
         embeds, _, image_pad_mask = self.pipeline.encode_prompt([text], image=sources or None, device=self.device)
         return {"prompt_embeds": embeds[0].cpu(), "image_pad_mask": image_pad_mask[0].cpu()}
 
     @torch.no_grad()
-    def image(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
-        """pixels (4, H, W) in [-1, 1] -> latents (64, 1, H/16, W/16), normalised per channel; with moments also the
-        posterior's std."""
-        posterior = self.vae.encode(pixels[None, :, None].to(self.device)).latent_dist  # of (1, 64, 1, H/16, W/16)
+    def images(self, pixels: Tensor, moments: bool) -> dict[str, Tensor]:
+        """pixels (B, 4, H, W) in [-1, 1] -> latents (B, 64, 1, H/16, W/16), normalised per channel; with moments also
+        the posterior's std."""
+        posterior = self.vae.encode(pixels[:, :, None].to(self.device)).latent_dist  # of (B, 64, 1, H/16, W/16)
         mean, std = latent_statistics(self.vae)
-        encoded = {"latents": ((posterior.mode() - mean) / std)[0].cpu()}
-        return encoded | ({"posterior_std": (posterior.std / std)[0].cpu()} if moments else {})
+        encoded = {"latents": (posterior.mode() - mean) / std}
+        return encoded | ({"posterior_std": posterior.std / std} if moments else {})
 
 
-def load_pipeline(
-    folder: Path, device: torch.device, vae_dtype: torch.dtype, text_encoder: torch.nn.Module | None = None
-) -> QwenImage21Pipeline:
-    """The unmodified pipeline without its transformer, and without text encoder where none is given."""
-    pipeline = QwenImage21Pipeline.from_pretrained(
-        folder, dtype=vae_dtype, text_encoder=text_encoder, transformer=None
-    )
+def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype, **parts: object) -> QwenImage21Pipeline:
+    """The unmodified pipeline without its transformer, and without text encoder where none is among the parts."""
+    parts = {"transformer": None, "text_encoder": None, **parts}
+    pipeline = QwenImage21Pipeline.from_pretrained(folder, dtype=dtype, **parts)
     pipeline.vae.to(device).eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -131,21 +152,9 @@ def latent_statistics(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def encode(cfg: Config, run: Run, folder: Path, embeddings: EmbeddingCache, items: dict[str, cache.Item]) -> None:
-    """Add what the encoders make of each row at its bucket (width, height), or of a text alone. A row with sources
-    has an empty prompt of its own, since the sources are in it."""
-    encoders = Encoders(folder, run.device, run.compute_dtype)
-    for key, (row, bucket) in run.progress(run.share_of(list(items.items())), "encode"):
-        sources = source_images.of_row(row, cfg.data.train_data_dir, cfg.buckets.resolution)
-        tensors = encoders.prompt(row if isinstance(row, str) else row.text, sources)
-        if sources:
-            tensors["empty_prompt_embeds"] = encoders.prompt("", sources)["prompt_embeds"]
-        for which, source in enumerate(sources):
-            tensors[f"source_{which}"] = encoders.image(images.image_to_tensor(source), moments=False)["latents"]
-        if bucket:
-            image = manifest.load_image(row, cfg.data.train_data_dir, at_least=bucket, keep_alpha=True)
-            pixels = images.image_to_tensor(images.resize_and_crop(image.convert("RGBA"), bucket))
-            tensors |= encoders.image(pixels, cfg.flow.cache_moments)
-        embeddings.add(key, tensors)
+    """Add what the encoders make of each row at its bucket (width, height), or of a text alone."""
+    encoders = Encoders(cfg, folder, run.device, run.compute_dtype)
+    encoding.encode_items(run, embeddings, items, encoders, cfg.pictures)
 
 
 # ---------------------------------------------------------------- data
@@ -166,8 +175,7 @@ def prepare_data(cfg: Config, run: Run, folder: Path) -> loader.Data:
         precision=cfg.precision.mixed_precision,
         source_resolution=cfg.buckets.resolution,
     )
-    checks = {"row_problem": source_images.row_problem, "source_problem": source_images.problem}
-    checks["file_columns"] = cfg.flow.mask_columns
+    checks = {"file_columns": cfg.flow.mask_columns, **source_images.CHECKS}
     train, held_out = check.load_records(cfg, run, embeddings.known_good(), **checks)
     usual_file = Path(cfg.data.train_data_dir) / "validation_prompts.txt"
     prompts = folders.read_prompts(cfg.prompts.validation_prompts, usual_file)

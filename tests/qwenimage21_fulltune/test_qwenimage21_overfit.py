@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline, QwenImage21Transformer2DModel
+from parity import first
 from PIL import Image
 
 from common.data import images, loader
@@ -30,7 +31,9 @@ def trained(train, model_folder):
     transformer = QwenImage21Transformer2DModel(context_in_dim=64, **sizes)
     pipeline = QwenImage21Pipeline.from_pretrained(model_folder, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
+    flags = ["--train_data_dir", "unused", "--caption_dropout", "0", "--timestep_sampling", "uniform"]
+    cfg = parse_recipe(train.Config, flags)
+    encoders = train.Encoders(cfg, model_folder, torch.device("cpu"), torch.float32)
     models = train.Models(
         transformer=transformer,
         config=json.loads(transformer.to_json_string()),
@@ -46,12 +49,10 @@ def trained(train, model_folder):
         box = shapes.place_box(place, (WIDTH, HEIGHT), 36)
         image = shapes.draw([shapes.Found(colour, shape, box)], background, (WIDTH, HEIGHT)).convert("RGBA")
         pixels = images.image_to_tensor(image)
-        samples.append({**encoders.prompt(text, []), **encoders.image(pixels, moments=False)})
+        samples.append(first(encoders.encode([(text, None)], {"pixels": pixels[None]})))
         with torch.no_grad():
             latents = pipeline.vae.encode(pipeline.image_processor.preprocess(image)[:, :, None]).latent_dist.mode()
         expected[text] = (latents - mean) / std  # (1, 64, 1, H/16, W/16)
-    flags = ["--train_data_dir", "unused", "--caption_dropout", "0", "--timestep_sampling", "uniform"]
-    cfg = parse_recipe(train.Config, flags)
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)

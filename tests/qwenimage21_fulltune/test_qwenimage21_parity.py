@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
-from parity import Spy, assert_same_call, call_of_loss, mixed, picture
+from parity import Spy, assert_same_call, call_of_loss, first, mixed, picture
 from PIL import Image
 
-from common.data import images, loader
+from common.data import encoding, images, loader
 from common.data.manifest import Record
 from common.data.order import Place
 from common.start.config import parse_recipe
@@ -34,7 +34,7 @@ PROMPTS = ["a red circle on the left, on a white background", "a cross"]  # of d
 def world(request, train, model_folder) -> SimpleNamespace:
     """The recipe's encoders and models, and the unmodified pipeline with a spy on the transformer that both use."""
     dtype = getattr(torch, request.param)
-    encoders = train.Encoders(model_folder, torch.device("cpu"), dtype)
+    encoders = train.Encoders(settings(train), model_folder, torch.device("cpu"), dtype)
     # a schedule without shift and stretch, so that the pipeline can be told which sigma to use
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         model_folder / "scheduler", use_dynamic_shifting=False, shift_terminal=None, shift=1.0
@@ -76,7 +76,7 @@ def encoded(world: SimpleNamespace, number: int) -> dict:
     if number not in world.encoded:
         pixels = images.image_to_tensor(rgba(number))
         prompt = world.encoders.prompt(PROMPTS[number % len(PROMPTS)], [])
-        world.encoded[number] = {**prompt, **world.encoders.image(pixels, moments=False)}
+        world.encoded[number] = {**prompt, **first(world.encoders.images(pixels[None], moments=False))}
     return world.encoded[number]
 
 
@@ -147,7 +147,7 @@ def test_sources(world, sizes, tmp_path):
     sources = world.train.source_images.of_row(Record(0, "", "", files), tmp_path, RESOLUTION)
     made = {**encoded(world, 0), **world.encoders.prompt(PROMPTS[0], sources), **place(0)}
     made |= {
-        f"source_{which}": world.encoders.image(images.image_to_tensor(source), moments=False)["latents"]
+        f"source_{which}": world.encoders.images(images.image_to_tensor(source)[None], moments=False)["latents"][0]
         for which, source in enumerate(sources)
     }
     ours = call_of_loss(world, loader.collate([made]))
@@ -163,6 +163,24 @@ def test_sources(world, sizes, tmp_path):
     )
     loss = world.spy.results[-1].shape[1]
     assert loss > n_target, "the transformer answers for all tokens, and the loss is on the target's"
+
+
+def test_a_batch_is_its_rows(world):
+    """Catches prompts whose padding is seen or kept, and rows of a batch that are mixed up."""
+    if world.dtype != torch.float32:
+        pytest.skip("compared in float32")
+    items = [(text, None) for text in (*PROMPTS, "a cross on the right")]
+    read = [{"pixels": images.image_to_tensor(rgba(number)), "sources": []} for number in range(3)]
+    source = {"source_0": images.image_to_tensor(rgba(9)), "sources": [rgba(9)]}
+    for given in (read, [each | source for each in read]):
+        together = encoding.encode_batch(world.encoders, items, given)
+        for item, pixels, entry in zip(items, given, together, strict=True):
+            (alone,) = encoding.encode_batch(world.encoders, [item], [pixels])
+            assert alone.keys() == entry.keys()
+            for name, tensor in alone.items():
+                torch.testing.assert_close(entry[name], tensor, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(together[0]["latents"], together[1]["latents"])
+        assert all(("empty_prompt_embeds" in entry) == (given is not read) for entry in together)
 
 
 def test_two_unequal_prompts(world):
@@ -253,13 +271,13 @@ def test_moments_give_the_posterior(world):
     """Catches a posterior whose standard deviation is not divided by latents_std as its mean is."""
     pixels = images.image_to_tensor(rgba(0))
     vae = world.encoders.vae
-    kept = world.encoders.image(pixels, moments=True)
+    kept = first(world.encoders.images(pixels[None], moments=True))
     with torch.no_grad():
         posterior = vae.encode(pixels[None, :, None]).latent_dist
     for c in range(64):
         std = posterior.std[0, c] / vae.config.latents_std[c]
         torch.testing.assert_close(kept["posterior_std"][c], std)
-    assert torch.equal(kept["latents"], world.encoders.image(pixels, moments=False)["latents"])
+    assert torch.equal(kept["latents"], world.encoders.images(pixels[None], moments=False)["latents"][0])
 
 
 def test_decoding_undoes_encoding(world):

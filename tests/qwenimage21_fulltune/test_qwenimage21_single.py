@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from helpers import assert_equal_weights, column, largest_difference, read_rows, run_main, weights
+from parity import first
 from PIL import Image
 from sampling import assert_same_picture, differ, sample
 from strategies import assert_opens
@@ -76,12 +77,13 @@ def folder_of(config: Path) -> str:
 def test_targets_keep_their_transparency(train, settings, config, straight, model_folder, data_folder):
     """Catches a target that is flattened over white before the VAE, and an opaque one that is not opaque."""
     entries = EmbeddingCache(config.parent / "embedding_cache", {})  # any entry: keys are found by reading
-    encoders = train.Encoders(model_folder, torch.device("cpu"), torch.float32)
+    encoders = train.Encoders(settings(), model_folder, torch.device("cpu"), torch.float32)
     picture = Image.open(data_folder / "000.png")
     assert picture.mode == "RGBA" and min(picture.getchannel("A").getextrema()) < 10
     pixels = train.images.image_to_tensor(picture)
-    expected = encoders.image(pixels, moments=False)["latents"]
-    flat = encoders.image(train.images.image_to_tensor(picture.convert("RGB").convert("RGBA")), moments=False)
+    expected = encoders.images(pixels[None], moments=False)["latents"][0]
+    flat = train.images.image_to_tensor(picture.convert("RGB").convert("RGBA"))
+    flat = first(encoders.images(flat[None], moments=False))
     kept = [
         entries_of["latents"]
         for entries_of in (entries[key] for key in entries._entries)
