@@ -77,7 +77,6 @@ EQUAL_FUNCTIONS = {
     "held_out_errors": "likewise",
 }
 IN_TWO_RECIPES = {
-    "common.data.encoding.text_of": "rows whose caption is the whole prompt; edits and boxes encode more than that",
     "common.start.dry_run.show_captioned": "captions that are the whole prompt; those of edits and boxes have more",
 }
 CHOICES_DIFFER = {
