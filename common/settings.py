@@ -142,7 +142,7 @@ class Optim:
     learning_rate: float = 5e-6
     """peak learning rate"""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"] = "constant"
-    """after the warm-up: constant (two names of one thing), or falling to zero at max_train_steps"""
+    """after the warm-up: constant (by either name), or falling to zero at max_train_steps"""
     lr_warmup_steps: int = 0
     """steps of linear warm-up"""
     adam_beta1: float = 0.9
