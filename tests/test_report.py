@@ -49,7 +49,7 @@ def recorded(tmp_path) -> Path:
     environment |= {"command": ["train.py", "--config", "full.yaml", "--name", "my run"], "versions": {"torch": "2"}}
     environment |= {"changed": {"learning_rate": [1e-6, 0.5]}, "rows": {"train": 36, "buckets": {"64 x 32": 36}}}
     (out / "environment.json").write_text(json.dumps(environment))
-    for step, colour in ((0, "red"), (100, "green"), (200, "blue")):
+    for step, colour in ((0, "pink"), (100, "lightgreen"), (200, "lightblue")):
         folder = out / f"validation_images/step_{step:06d}"
         folder.mkdir(parents=True)
         for number in range(2):
@@ -64,7 +64,6 @@ def in_browser(file: Path, *flags: object) -> str:
     if not BROWSER:
         pytest.skip("no Chromium here: report.html is not opened in a browser (Debian: apt-get install chromium)")
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    words += ["--run-all-compositor-stages-before-draw"]  # no picture of a page that is half painted
     words += ["--virtual-time-budget=8000", *(flags or ["--dump-dom"])]
     done = subprocess.run([*map(str, words), f"file://{file}"], capture_output=True, text=True, timeout=120)
     return done.stdout
@@ -140,7 +139,7 @@ def test_a_screenshot_is_dark_on_light(recorded, tmp_path, width):
     page.write_report(recorded)
     frame = tmp_path / "frame.html"  # a browser's window has a least width, a frame has none
     frame.write_text(
-        f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:2000px" '
+        f'<body style="margin:0;background:#000"><iframe style="border:0;width:{width}px;height:2000px" '
         f'src="file://{recorded / page.REPORT}"></iframe></body>'
     )
     in_browser(frame, f"--window-size={max(width, 600)},2000", f"--screenshot={tmp_path / 'shot.png'}")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import PartialState
+from helpers import wait_for
 from PIL import Image
 
 from common.record import trackers
@@ -174,7 +175,11 @@ def test_pictures_reach_wandb_with_their_captions(tmp_path, monkeypatch):
     PartialState._reset_state()
     assert not trackers.failed
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/validation/000_*.png"))
-    assert any(b"a red square" in file.read_bytes() for file in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+    def is_written() -> bool:  # by a process of wandb's own, which may write on for a moment
+        return any(b"a red square" in file.read_bytes() for file in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+    wait_for(is_written, 60, "the caption in wandb's file")
 
 
 def test_pictures_reach_tensorboard(tmp_path):
