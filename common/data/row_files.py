@@ -205,7 +205,8 @@ def _tar_rows(path: Path, text_column: str | None) -> Iterator[RawRow]:
             row, images = samples.setdefault(key, ({}, {}))
             if suffix.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
                 kind = suffix if suffix.startswith("source") else ""  # "" is the target and sorts before the sources
-                twice |= {key: None} if kind in images else {}
+                if kind in images:
+                    twice[key] = None
                 images[kind] = ("tar", str(path), member.offset_data, member.size)
             elif suffix in ("txt", "json"):
                 try:

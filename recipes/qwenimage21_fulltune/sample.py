@@ -21,6 +21,7 @@ import torch
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from PIL import Image
 
+from common.data.images import decode_image
 from common.start import drawing, plan
 from common.start.drawing import Asked, Picture
 
@@ -35,11 +36,11 @@ def load(asked: Asked, transformer: Path | None, lora: Path | None) -> QwenImage
     return pipeline
 
 
-def draw(asked: Asked, pipeline: QwenImage21Pipeline, picture: Picture) -> Image.Image:
+def draw(asked: Asked, images: list[Image.Image], pipeline: QwenImage21Pipeline, picture: Picture) -> Image.Image:
     scale = asked.setting("guidance_scale", 1.0)
     return pipeline(
         prompt=picture.prompt,
-        image=[Image.open(path) for path in asked.args.image] or None,
+        image=images or None,
         negative_prompt=asked.args.negative_prompt if scale > 1 else None,
         true_cfg_scale=scale,
         width=picture.width,
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--image", type=Path, nargs="+", default=[], help="source images, for an edit")
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     asked = drawing.read(parser, side=1024)
-    drawing.draw_all(asked, lambda *weights: load(asked, *weights), lambda *one: draw(asked, *one))
+    images = [decode_image(path.read_bytes(), keep_alpha=True) for path in asked.args.image]
+    drawing.draw_all(asked, lambda *weights: load(asked, *weights), lambda *one: draw(asked, images, *one))
 
 
 if __name__ == "__main__":
